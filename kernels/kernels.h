@@ -59,7 +59,7 @@ struct winnow_model_shape {
 struct winnow_block_head {
     float centroid_scale, vmean_scale; /* absmax / 127 */
     float spread;                      /* mean over dimensions of the key variance */
-    float radius;                      /* largest |k - stored centroid|, rounded up */
+    float radius;                      /* largest |k - stored centroid| (length), rounded up */
 };
 
 /*
@@ -68,7 +68,7 @@ struct winnow_block_head {
  *   code [n_blocks][k_width / 8][16 tokens][4 bytes]: byte i of group j holds dimension 8 j + i in
  *     its low and 8 j + 4 + i in its high nibble, as code + 8 (codes -7..7): 16 tokens are 16 lanes
  *   code_scale fp16 bits [n_blocks][16];  var fp16 bits [n_blocks][k_width], NULL unless wanted
- *   mean_k [k_width], mean_v [v_width] of the segment; v_max: largest |v|, rounded up
+ *   mean_k [k_width], mean_v [v_width] of the segment; v_max: largest length |v|, rounded up
  */
 struct winnow_index_view {
     uint32_t n_blocks;
@@ -84,18 +84,25 @@ struct winnow_index_view {
  * block). Memory is the caller's.
  *   in:  n_q G; n_blocks; n_blocks_max budget cap (n_blocks: none); mass P asked, 0 < P < 1
  *        ln_z  [G]            ln of the mass of sinks and tail, -inf when there are none
- *        ln_e  [n_blocks][G]  from score (tactic: probed entries replaced by exact masses)
- *   out: block_idx [n_blocks] all blocks, key falling, ties by block number; the selected are the
- *        first n_selected, the reserve the next n_reserve
- *        selected u8 [n_blocks]: 0, or 1 for the first round, 2 for the second (3: probe, attended)
- *        ln_key [n_blocks]: ln of sum over g of e_b,g / T_g
- * Sums of e are u64 fixed point 2^-40 relative to M_g, saturating: same bits in any order.
- * e NaN or Inf: the block is selected.
+ *        ln_e  [n_blocks][G]  from score; tactic's select replaces it by what it fitted
+ *        ln_m  [n_blocks][G]  ln of the exact mass, read of attended blocks alone: of probes by
+ *                             tactic's select, of all selected ones by select_more
+ *   out: block_idx [n_blocks] all blocks, key falling, ties by block number (tactic: probes first,
+ *        then the selected, then the rest, each so); the selected are the first n_selected, the
+ *        reserve (up to P + (1 - P) / 2) the next n_reserve
+ *        selected u8 [n_blocks]: 0, or 1 for the first round, 2 for the second, 3 for a probe
+ *        (in for tactic's select). A caller that lost a selected block sets 0: from then on it
+ *        counts by its estimate
+ *        ln_key [n_blocks]: ln of sum over g of e_b,g / T_g, T_g = Z_g + sum of e_b,g
+ * Sums of e are u64 fixed point 2^-40 relative to M_g, the largest of ln_z, ln_e (and ln_m) of the
+ * query head; saturating: same bits in any order. An e_b of NaN or +Inf is unknown: the block comes
+ * first, is selected, and counts 0 until it was attended; left out by n_blocks_max it makes the
+ * certificate 0.
  */
 struct winnow_selection {
     uint32_t n_q, n_blocks, n_blocks_max, n_selected, n_reserve;
     float mass;
-    const float *ln_z;
+    const float *ln_z, *ln_m;
     float *ln_e;
     float *ln_key;
     uint32_t *block_idx;
@@ -134,26 +141,28 @@ struct winnow_kernels {
     void (*score)(const struct winnow_model_shape *, uint32_t policy,
                   const struct winnow_index_view *, const float *q, float *ln_e, void *scratch);
 
-    /* tactic: marks the blocks whose exact mass is wanted first (selected = 3) and lists them in
-     * block_idx; returns their number. The core attends them and puts ln m into ln_e. */
+    /* tactic: marks the blocks whose exact mass is wanted first (selected = 3, all others 0) and
+     * lists them in block_idx, rising; returns their number. Their ln_m stands before select. */
     uint32_t (*probe)(struct winnow_selection *, void *scratch);
 
-    /* Shortest prefix by key with (Z_R + sum e) / T >= mass for every g (selection.md 5); exact
-     * masses for probes (tactic). Fills every `out` field. n_blocks_max ends the prefix early. */
+    /* Shortest prefix by key with (Z + sum e) / T >= mass for every g (selection.md 5); policy
+     * EXACT: every block, rising, ln_e not read. Fills every `out` field. n_blocks_max ends the
+     * prefix early. */
     void (*select)(uint32_t policy, struct winnow_selection *, void *scratch);
 
     /*
-     * Verification and second round (selection.md 7). ln_m [n_blocks][G]: ln of the exact mass of
-     * selected blocks, by block number. Writes the certificate mass [G] and, when any g is below
-     * P and may_add, selects more (selected = 2) and returns their number, appended to block_idx's
-     * prefix; call again with may_add = 0 once they are attended: same rho, certificate only.
+     * Verification and second round (selection.md 7). Writes the certificate mass [G] and, when any
+     * g is below P and may_add, selects more (selected = 2) and returns their number, appended to
+     * block_idx's prefix; call again with may_add = 0 once they are attended: same rho, certificate
+     * only.
      *   rho [G]: in and out; computed when may_add, reused when not
      */
-    uint32_t (*select_more)(struct winnow_selection *, const float *ln_m, float *rho, float *mass,
-                            int may_add, void *scratch);
+    uint32_t (*select_more)(struct winnow_selection *, float *rho, float *mass, int may_add,
+                            void *scratch);
 
     /* Attends n <= 8 blocks exactly. q [G][k_width]; block [n], n_tokens [n] (1..16). Writes
-     * partial [G], and ln_m [n][G], the ln of each block's mass (NULL: not wanted). */
+     * partial [G], and ln_m [n][G], the ln of each block's mass (NULL: not wanted). A logit beyond
+     * fp32's range counts as its largest. */
     void (*attend_partial)(const struct winnow_model_shape *, const float *q, uint32_t n,
                            const void *const *block, const uint32_t *n_tokens, float *partial,
                            float *ln_m);
@@ -172,8 +181,9 @@ struct winnow_kernels {
     size_t (*window_scratch_bytes)(const struct winnow_model_shape *, uint32_t n_pos);
 
     /* Adds the unselected blocks of one segment, the first of which is number block_first of the
-     * selection, to partial [G]: weight e_b, value the stored mean (selection.md 6). Blocks more
-     * than 8 nats below the last selected key go in as one: summed e times the segment's mean v. */
+     * selection, to partial [G], which continues: weight e_b, value the stored mean (selection.md
+     * 6). Blocks more than 8 nats below the last selected key (none selected: the first key) go in
+     * as one: summed e times the segment's mean v. An unknown e_b goes in nowhere. */
     void (*compensate)(const struct winnow_model_shape *, const struct winnow_index_view *,
                        const struct winnow_selection *, uint32_t block_first, float *partial);
 

@@ -141,6 +141,8 @@ WINNOW_API int winnow_session_fork(winnow_session *session, const char *label,
                                    winnow_session **fork, int64_t deadline_ns);
 /* Tokens the layer holds, as far as this client knows. */
 WINNOW_API uint64_t winnow_session_held(const winnow_session *session, uint32_t layer);
+/* Where to truncate to after the last -ENODATA of a call on this session. */
+WINNOW_API uint64_t winnow_session_truncate_to(const winnow_session *session);
 
 /* Appends tokens [first, first + n) of one layer without attending. first = tokens held. */
 WINNOW_API int winnow_append(winnow_session *session, uint32_t layer, uint64_t first, uint32_t n,

@@ -5,10 +5,12 @@
  *
  * Offsets, lengths and memory are multiples of 4,096 bytes (O_DIRECT on any drive). Memory of an
  * operation belongs to the method from submit until its completion is polled, whatever deadline
- * the caller has. Thread: one owner, but for `wake`.
+ * the caller has. Thread: one at a time for the calls on names before the first submit; from then
+ * on the submitting one alone, `close` included; `wake`: any.
  */
 #pragma once
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -16,17 +18,16 @@ enum winnow_io_kind { WINNOW_IO_READ = 1, WINNOW_IO_WRITE, WINNOW_IO_SYNC, WINNO
 
 struct winnow_io_op {
     uint8_t kind;
-    uint16_t slice_idx; /* of the registered arena, as told by `open`; UINT16_MAX: not registered */
     uint32_t file_idx;
+    uint32_t n_bytes; /* ALLOCATE: in units of 4,096 */
     uint64_t offset_bytes;
     void *data;
-    uint32_t n_bytes; /* ALLOCATE: in units of 4,096 */
-    uint64_t tag;
+    uint64_t tag; /* below 2^63 */
 };
 
 struct winnow_io_done {
     uint64_t tag;
-    int32_t result; /* bytes, or -errno */
+    int32_t result; /* bytes (may be short), 0 of SYNC and ALLOCATE, or -errno */
 };
 
 struct winnow_io_open {
@@ -35,7 +36,7 @@ struct winnow_io_open {
     size_t arena_bytes;
     uint32_t n_ops_max; /* in flight at once */
     uint32_t n_files_max;
-    int refuse_direct; /* buffered, for file systems without O_DIRECT */
+    bool refuse_direct; /* buffered, for file systems without O_DIRECT */
 };
 
 /* Filled by `open`: what was chosen and what was refused, for the start line and `doctor`. */
@@ -46,16 +47,25 @@ struct winnow_io_facts {
     int direct;       /* O_DIRECT in force */
 };
 
+/*
+ * open       0, or -errno of what refused (-ENOSYS, -EPERM, -ENOMEM, -ENOENT ...); *ret_io untouched
+ * submit     takes the first ops that have room, in order; returns how many
+ * poll       returns how many completions were written to done, in any order
+ * wait       0: something to poll, or woken since the last poll; -ETIMEDOUT: neither by then
+ * close      0; -EBUSY: operations are in flight, poll and try again (the object stays whole)
+ * file_open  0 with an index for ops and the size in bytes; -ENOENT, -ENFILE: no index left, -errno
+ * list       calls each for every name but "." and ".."; 0 or -errno
+ */
 struct winnow_io_method {
     const char *name;
+    bool virtual_dir; /* `dir` is no place in the file system: nothing to check or to lock there */
     int (*open)(const struct winnow_io_open *options, void *arg, void **ret_io,
                 struct winnow_io_facts *facts);
-    uint32_t (*submit)(void *io, const struct winnow_io_op *op,
-                       uint32_t n_ops); /* taken, in order */
+    uint32_t (*submit)(void *io, const struct winnow_io_op *op, uint32_t n_ops);
     uint32_t (*poll)(void *io, struct winnow_io_done *done, uint32_t n_done_max);
-    int (*wait)(void *io, int64_t deadline_ns); /* 0: something to poll or woken; -ETIMEDOUT */
-    void (*wake)(void *io);                     /* any thread */
-    int (*close)(void *io);                     /* -EBUSY: operations in flight */
+    int (*wait)(void *io, int64_t deadline_ns);
+    void (*wake)(void *io);
+    int (*close)(void *io);
 
     int (*file_open)(void *io, const char *name, int create, uint32_t *ret_file_idx,
                      uint64_t *ret_bytes);
@@ -69,3 +79,17 @@ struct winnow_io_method {
 extern const struct winnow_io_method winnow_io_uring; /* arg: NULL */
 extern const struct winnow_io_method winnow_io_pread; /* arg: NULL */
 extern const struct winnow_io_method winnow_io_sim;   /* arg: struct winnow_sim_disk * (io_sim.h) */
+
+/*
+ * Chooses a method for a directory by writing and reading a page there: io_uring where that works,
+ * else the pread pool; buffered where O_DIRECT is refused. name: "auto", or the one to insist on.
+ * 0 with remedy as in winnow_io_facts ("" when nothing was refused), or with the cause in remedy
+ *   -EINVAL   unknown name, or the named method is refused
+ *   -errno    of the directory
+ */
+int winnow_io_choose(const char *name, const char *dir, const struct winnow_io_method **ret_method,
+                     bool *ret_refuse_direct, char remedy[160]);
+/* Runs one operation to its end on an otherwise idle instance. The op's result, or -ETIMEDOUT:
+ * it is still in flight. */
+int winnow_io_run(const struct winnow_io_method *method, void *io, const struct winnow_io_op *op,
+                  int64_t deadline_ns);

@@ -66,9 +66,10 @@ struct winnow_stored; /* a segment's place on disk */
 int winnow_store_open(const struct winnow_store_options *options, struct winnow_store **ret_store,
                       char text[256]);
 int winnow_store_start(struct winnow_store *store); /* I/O and sync threads; -EAGAIN */
-/* Drains for at most 10 s, stops the threads, closes. Memory of operations that never completed
- * is leaked on purpose: it is the kernel's. NULL is fine. */
-void winnow_store_close(struct winnow_store *store);
+/* Drains for at most 10 s, stops the threads, closes. NULL is fine. 0, or
+ *   -EBUSY  operations never completed: the store and the memory they were given (the arena) are the
+ *           kernel's and must not be freed or reused while the process lives */
+int winnow_store_close(struct winnow_store *store);
 
 /*
  * Takes grains for a whole segment. block_crc [n_layers x blocks_per_layer] is the caller's memory
@@ -79,7 +80,9 @@ void winnow_store_close(struct winnow_store *store);
 int winnow_store_segment_create(struct winnow_store *store, uint32_t n_layers,
                                 uint32_t blocks_per_layer, uint32_t block_bytes,
                                 uint32_t *block_crc, struct winnow_stored **ret_stored);
-/* Its grains are free again once the operations in flight on them have completed. */
+/* Its grains are free again once the operations in flight on them have completed. Requests that are
+ * outstanding still end with their done: -ECANCELED when they had not begun. block_crc is the
+ * caller's again at once. */
 void winnow_store_segment_destroy(struct winnow_store *store, struct winnow_stored *stored);
 
 struct winnow_store_read {
@@ -105,12 +108,13 @@ int winnow_store_write(struct winnow_store *store, struct winnow_stored *stored,
 struct winnow_store_done {
     uint64_t tag;
     int32_t result;      /* 0, -ENODATA (bad sum or EIO after one retry), -ETIMEDOUT, -EIO (write),
-                            -ENOSPC (write) */
+                            -ENOSPC (write), -ECANCELED (segment destroyed, store closing) */
     uint32_t disk_bytes; /* this request's share of what was read or written, retries too */
     bool held;           /* -ETIMEDOUT only: the kernel still owns `data`; a second done with the
                             same tag and held = false, result -ECANCELED gives it back */
 };
 
+/* Until it returns less than n_done_max: `notify` tells of the first completion alone. */
 uint32_t winnow_store_poll(struct winnow_store *store, struct winnow_store_done *done,
                            uint32_t n_done_max);
 
@@ -122,6 +126,7 @@ int64_t winnow_store_sync_step(struct winnow_store *store, int64_t now_ns);
 struct winnow_store_facts {
     struct winnow_io_facts io;
     uint64_t disk_cap_bytes, allocated_bytes, used_bytes; /* used: grains of live segments */
+    uint64_t bad_bytes; /* grains that refused a write: not used again */
     uint64_t data_file_bytes;
     uint64_t read_bytes[WINNOW_N_IO_PRIORITIES], written_bytes;
     uint64_t errors_crc, errors_io, retries, timeouts;

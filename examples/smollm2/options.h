@@ -1,0 +1,32 @@
+/*
+ * The command line: `smollm2 [options] VERB [FILE]`, options anywhere, `--name value` or
+ * `--name=value`.
+ */
+#pragma once
+
+#include "progress.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+enum { OPTIONS_N_TEXTS_MAX = 256 };
+
+struct options {
+    const char *verb, *file; /* file NULL: none given */
+    const char *model, *socket;
+    const char *prompt, *document, *questions;
+    const char *texts[OPTIONS_N_TEXTS_MAX]; /* --suffix and --question, in order */
+    uint32_t n_texts;
+    uint32_t n_tokens, n_top, n_generate, n_threads;
+    float mass;        /* 0: the daemon's default */
+    uint32_t policy;   /* WINNOW_BY_* */
+    uint32_t kv_dtype; /* WINNOW_DTYPE_*, at rest */
+    enum progress_mode progress;
+    bool parse_special, json, help;
+};
+
+/* Texts are borrowed from argv. 0, or -EINVAL with fault_text() saying what is wrong. */
+int options_parse(struct options *options, int argc, char **argv);
+
+/* The text of --help. */
+extern const char options_help[];

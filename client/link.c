@@ -233,7 +233,7 @@ static int link_connect(struct winnow_link *link, const char *path, bool with_le
         return winnow_error_set(-EHOSTDOWN,
                                 "could not reach winnowd: %s %s. hint: start winnowd, or set "
                                 "WINNOW_ADDRESS to its socket",
-                                rc == -ENOENT ? "no socket" : "nobody listens at", path);
+                                rc == -ENOENT ? "no socket at" : "nobody listens at", path);
     case -EACCES:
     case -EPERM:
         return winnow_error_set(-EACCES,

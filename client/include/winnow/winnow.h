@@ -26,10 +26,17 @@
  *   -ERANGE budget cap ended below P   -EPROTO versions disjoint   -ESTALE session gone (the daemon
  *   was restarted, or the epoch is old): open it again   -ETIMEDOUT the deadline passed
  *   -EHOSTDOWN no daemon, or it died: run without   -ENOTSUP -ECANCELED -EIO
- *   -ECHILD the client belongs to the parent process of this fork: open another
+ *   -ECHILD this process is a child of one that opened a client: its handles are the parent's, and
+ *   gRPC does not survive a fork. Fork before the first winnow_client_open, or exec.
  *
  * Deadlines are absolute CLOCK_MONOTONIC nanoseconds; 0 takes the call's default (control 5 s,
- * attend 2 s, exact 60 s). Every call is back by deadline + 50 ms whatever the daemon does.
+ * attend 2 s, append 10 s, exact 60 s). Every call is back by deadline + 50 ms whatever the daemon
+ * does. After a death, or three calls without an answer within a second, calls answer -EHOSTDOWN at
+ * once; the library finds the daemon again by itself.
+ *
+ * A call that broke may have appended its tokens in some layers: winnow_session_truncate to where
+ * the step began evens them. On failure `out` and `lse` of a decode step are untouched, those of an
+ * exact window hold what had come.
  *
  * Threads: any thread may call; calls on one session must not overlap. The library starts one
  * thread of its own (lease), never prints, exits or aborts.
@@ -39,6 +46,23 @@
 
 #include <stddef.h>
 #include <stdint.h>
+
+/* The initialiser of a struct that begins with its own size, all else zero. Another size than this
+ * version's is refused (-EINVAL): the caller was built with another winnow.h. */
+#ifdef __cplusplus
+template <typename type> static inline type winnow_init()
+{
+    type value = type();
+    value.struct_bytes = sizeof value;
+    return value;
+}
+#define WINNOW_INIT(type) winnow_init<type>()
+#else
+#define WINNOW_INIT(type)                                                                          \
+    {                                                                                              \
+        .struct_bytes = sizeof(type)                                                               \
+    }
+#endif
 
 #ifdef __cplusplus
 extern "C" {
@@ -68,13 +92,11 @@ typedef struct winnow_model {
 
 typedef struct winnow_client_options {
     size_t struct_bytes;
-    const char
-        *address; /* path of winnowd's socket; NULL: WINNOW_ADDRESS, the user's, the system's */
+    /* Path of winnowd's socket. NULL: WINNOW_ADDRESS, else $XDG_RUNTIME_DIR/winnow/winnow.sock,
+     * else /run/winnow/winnow.sock. */
+    const char *address;
 } winnow_client_options;
-#define WINNOW_CLIENT_OPTIONS                                                                      \
-    {                                                                                              \
-        sizeof(winnow_client_options), NULL                                                        \
-    }
+#define WINNOW_CLIENT_OPTIONS WINNOW_INIT(winnow_client_options)
 
 typedef struct winnow_session_options {
     size_t struct_bytes;
@@ -85,24 +107,33 @@ typedef struct winnow_session_options {
     uint32_t n_blocks_max; /* budget a layer and KV head; 0: none */
     uint32_t n_sinks;      /* 0: 16 */
     uint64_t n_tokens_max; /* its index is reserved; 0: as tokens come */
-    int strict, allow_degraded, admit_nonfinite;
+    int strict;            /* a layer short of P is attended exactly instead */
+    int allow_degraded;    /* WINNOW_ITEM_DEGRADED_OK for every item */
+    int admit_nonfinite;   /* no -EDOM: NaN and Inf in K, V are kept and always read */
 } winnow_session_options;
-#define WINNOW_SESSION_OPTIONS                                                                     \
-    {                                                                                              \
-        .struct_bytes = sizeof(winnow_session_options)                                             \
-    }
+#define WINNOW_SESSION_OPTIONS WINNOW_INIT(winnow_session_options)
 
-/* What a reply says of itself. mass_reached is an estimate by the index that chose what to read. */
+/*
+ * What a reply says of itself, of one item and layer. mass_reached is an estimate by the index that
+ * chose what to read, never a guarantee; EXACT alone is certain. Blocks are sealed ones (16 tokens
+ * of a KV head), each counted where it was found.
+ */
 typedef struct winnow_certificate {
-    uint32_t verdict, reason;
-    float mass_asked, mass_reached, mass_mean;
-    uint32_t rounds;
-    uint32_t blocks_total, blocks_device, blocks_host, blocks_disk, blocks_remote, blocks_missed;
-    uint64_t bytes_read;
-    uint32_t micros;
+    uint32_t verdict; /* WINNOW_EXACT, _MET, _SHORT (mass_reached < mass_asked), _DEGRADED */
+    uint32_t reason;  /* of DEGRADED: an errno, positive */
+    float mass_asked;
+    float mass_reached, mass_mean; /* the least over query heads, and their mean */
+    uint32_t rounds;               /* 2: the first selection fell short and more was read */
+    uint32_t blocks_total, blocks_device, blocks_host, blocks_disk, blocks_remote;
+    uint32_t blocks_missed; /* lost or late, compensated: DEGRADED */
+    uint64_t bytes_read;    /* from disk, holes and retries too */
+    uint32_t micros;        /* in the daemon */
 } winnow_certificate;
 
-enum { WINNOW_ITEM_EXACT_ALL = 1, WINNOW_ITEM_DEGRADED_OK = 2 };
+enum {
+    WINNOW_ITEM_EXACT_ALL = 1,   /* everything, whatever the policy */
+    WINNOW_ITEM_DEGRADED_OK = 2, /* a lost block is compensated instead of -ENODATA */
+};
 
 /* One context's part of a decode step of one layer. */
 typedef struct winnow_attend_item {
@@ -111,7 +142,7 @@ typedef struct winnow_attend_item {
     uint32_t flags;        /* WINNOW_ITEM_* */
     float mass;            /* 0: the session's; 1: everything */
     uint32_t n_blocks_max; /* 0: the session's */
-    const void *q, *k, *v; /* k, v NULL: nothing is appended */
+    const void *q, *k, *v; /* of this token and layer; k, v NULL: nothing is appended */
     void *out;
     float *lse; /* may be NULL */
     /* results */
@@ -180,10 +211,7 @@ typedef struct winnow_stats {
     uint64_t rss_bytes, rss_peak_bytes, printed_bytes;
     float mass_mean;
 } winnow_stats;
-#define WINNOW_STATS                                                                               \
-    {                                                                                              \
-        .struct_bytes = sizeof(winnow_stats)                                                       \
-    }
+#define WINNOW_STATS WINNOW_INIT(winnow_stats)
 
 /* Of one session, or with session NULL of the whole daemon. */
 WINNOW_API int winnow_stats_get(winnow_client *client, winnow_session *session, winnow_stats *stats,

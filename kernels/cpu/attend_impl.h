@@ -18,7 +18,7 @@ enum { HEADS_TILE = 4 }; /* query heads that share a load of K or V */
 /* Chains of dependent FMAs a head, and V vectors a pass: enough to hide an FMA's latency, few
  * enough for 32 (AVX2: 16) registers. By heads in the tile. */
 #ifdef __AVX512F__
-static const uint32_t logit_chains[HEADS_TILE + 1] = {0, 4, 4, 2, 2};
+static const uint32_t logit_chains[HEADS_TILE + 1] = {0, 4, 4, 4, 4};
 static const uint32_t value_vectors[HEADS_TILE + 1] = {0, 4, 4, 4, 4};
 #else
 static const uint32_t logit_chains[HEADS_TILE + 1] = {0, 4, 2, 1, 1};
@@ -35,9 +35,16 @@ SIMD const void *element_at(uint32_t dtype, const void *p, size_t idx)
     return (const char *)p + idx * (dtype == WINNOW_FP32 ? 4 : 2);
 }
 
-/* l [n_q] rows of 16, l_stride apart = scale x q [n_q][k_width] . K [k_width][16] */
-SIMD void tile_logits(uint32_t dtype, uint32_t n_q, uint32_t k_width, float scale, const void *k,
-                      const float *q, float *l, size_t l_stride)
+/* Asks for what lies `ahead` bytes further on: the same place of the block to come. */
+SIMD void prefetch_ahead(const void *p, ptrdiff_t ahead, size_t n_bytes)
+{
+    for (size_t i = 0; i < n_bytes; i += 64)
+        _mm_prefetch((const char *)p + ahead + i, _MM_HINT_T0);
+}
+
+/* l [n_q][16] = scale x q [n_q][k_width] . K [k_width][16] */
+SIMD void tile_logits(uint32_t dtype, uint32_t n_q, size_t k_width, float scale, const void *k,
+                      ptrdiff_t ahead, const float *q, float *l)
 {
     const uint32_t n_chains = logit_chains[n_q];
     v16 sum[HEADS_TILE][4];
@@ -47,7 +54,9 @@ SIMD void tile_logits(uint32_t dtype, uint32_t n_q, uint32_t k_width, float scal
 #pragma GCC unroll 4
         for (uint32_t c = 0; c < n_chains; c++)
             sum[g][c] = v16_set1(0.0f);
-    for (uint32_t d = 0; d < k_width; d += n_chains) {
+    for (size_t d = 0; d < k_width; d += n_chains) {
+        prefetch_ahead(element_at(dtype, k, 16 * d), ahead,
+                       16 * n_chains * (dtype == WINNOW_FP32 ? 4 : 2));
 #pragma GCC unroll 4
         for (uint32_t c = 0; c < n_chains; c++) {
             v16 x = v16_load_as(dtype, k, 16 * (d + c));
@@ -61,14 +70,14 @@ SIMD void tile_logits(uint32_t dtype, uint32_t n_q, uint32_t k_width, float scal
 #pragma GCC unroll 4
         for (uint32_t c = 1; c < n_chains; c++)
             sum[g][0] = v16_add(sum[g][0], sum[g][c]);
-        v16_store(l + g * l_stride, v16_clamp(v16_mul(sum[g][0], v16_set1(scale))));
+        v16_store(l + 16 * g, v16_clamp(v16_mul(sum[g][0], v16_set1(scale))));
     }
 }
 
-/* n_vectors x 16 columns of o [n_q], o_stride apart, += p [n_q][n_tokens] x V */
-SIMD void tile_value_columns(uint32_t dtype, uint32_t n_q, uint32_t n_vectors, uint32_t v_width,
-                             const void *v, uint32_t n_tokens, const float *p, size_t p_stride,
-                             float *o, size_t o_stride)
+/* n_vectors x 16 columns of o [n_q], o_stride apart, = shrink [n_q] x o + p [n_q][16] x V */
+SIMD void tile_value_columns(uint32_t dtype, uint32_t n_q, uint32_t n_vectors, size_t v_width,
+                             const void *v, ptrdiff_t ahead, uint32_t n_tokens, const float *p,
+                             const float *shrink, float *o, size_t o_stride)
 {
     v16 sum[HEADS_TILE][4];
 
@@ -76,14 +85,16 @@ SIMD void tile_value_columns(uint32_t dtype, uint32_t n_q, uint32_t n_vectors, u
     for (uint32_t g = 0; g < n_q; g++)
 #pragma GCC unroll 4
         for (uint32_t c = 0; c < n_vectors; c++)
-            sum[g][c] = v16_load(o + g * o_stride + 16 * c);
-    for (uint32_t t = 0; t < n_tokens; t++) {
+            sum[g][c] = v16_mul(v16_load(o + g * o_stride + 16 * c), v16_set1(shrink[g]));
+    for (size_t t = 0; t < n_tokens; t++) {
+        prefetch_ahead(element_at(dtype, v, t * v_width), ahead,
+                       16 * n_vectors * (dtype == WINNOW_FP32 ? 4 : 2));
 #pragma GCC unroll 4
         for (uint32_t c = 0; c < n_vectors; c++) {
-            v16 x = v16_load_as(dtype, v, (size_t)t * v_width + 16 * c);
+            v16 x = v16_load_as(dtype, v, t * v_width + 16 * c);
 #pragma GCC unroll 4
             for (uint32_t g = 0; g < n_q; g++)
-                sum[g][c] = v16_fma(v16_set1(p[g * p_stride + t]), x, sum[g][c]);
+                sum[g][c] = v16_fma(v16_set1(p[16 * g + t]), x, sum[g][c]);
         }
     }
 #pragma GCC unroll 4
@@ -94,17 +105,18 @@ SIMD void tile_value_columns(uint32_t dtype, uint32_t n_q, uint32_t n_vectors, u
 }
 
 SIMD void tile_values(uint32_t dtype, uint32_t n_q, uint32_t v_width, const void *v,
-                      uint32_t n_tokens, const float *p, size_t p_stride, float *o, size_t o_stride)
+                      ptrdiff_t ahead, uint32_t n_tokens, const float *p, const float *shrink,
+                      float *o, size_t o_stride)
 {
     const uint32_t n_vectors = value_vectors[n_q];
     uint32_t d = 0;
 
     for (; d + 16 * n_vectors <= v_width; d += 16 * n_vectors)
-        tile_value_columns(dtype, n_q, n_vectors, v_width, element_at(dtype, v, d), n_tokens, p,
-                           p_stride, o + d, o_stride);
+        tile_value_columns(dtype, n_q, n_vectors, v_width, element_at(dtype, v, d), ahead, n_tokens,
+                           p, shrink, o + d, o_stride);
     for (; d < v_width; d += 16)
-        tile_value_columns(dtype, n_q, 1, v_width, element_at(dtype, v, d), n_tokens, p, p_stride,
-                           o + d, o_stride);
+        tile_value_columns(dtype, n_q, 1, v_width, element_at(dtype, v, d), ahead, n_tokens, p,
+                           shrink, o + d, o_stride);
 }
 
 /* Calls fn(dtype, n_q, ...) with both as constants. */
@@ -136,97 +148,93 @@ static uint32_t heads_in_tile(uint32_t n_q, uint32_t g)
     return n_q - g < HEADS_TILE ? n_q - g : HEADS_TILE;
 }
 
-static void block_prefetch(const struct winnow_model_shape *shape, const void *block)
-{
-    size_t n_bytes = winnow_block_bytes(shape);
-    for (size_t i = 0; i < n_bytes; i += 64)
-        _mm_prefetch((const char *)block + i, _MM_HINT_T0);
-}
-
 /* Logits of one block for all heads; tokens that are not there get -inf. */
 static void block_logits(const struct winnow_model_shape *shape, const float *q, const void *block,
-                         uint32_t n_tokens, float *l, size_t l_stride)
+                         ptrdiff_t ahead, uint32_t n_tokens, float *l)
 {
     uint32_t n_q = shape_n_q(shape), k_width = shape->k_width, dtype = shape->kv_dtype;
 
-    for (uint32_t g = 0; g < n_q; g += HEADS_TILE) {
+    for (uint32_t g = 0; g < n_q; g += HEADS_TILE, ahead = 0) {
         TILE_CALL(dtype, heads_in_tile(n_q, g), tile_logits, k_width, shape->softmax_scale, block,
-                  q + (size_t)g * k_width, l + g * l_stride, l_stride)
+                  ahead, q + (size_t)g * k_width, l + 16 * g)
     }
-    if (n_tokens == WINNOW_BLOCK_TOKENS)
-        return;
-    for (uint32_t g = 0; g < n_q; g++) {
-        float *row = l + g * l_stride;
-        v16_store(row, v16_first(n_tokens, v16_load(row), v16_set1(-INFINITY)));
-    }
+    for (uint32_t g = 0; g < n_q && n_tokens < WINNOW_BLOCK_TOKENS; g++)
+        v16_store(l + 16 * g, v16_first(n_tokens, v16_load(l + 16 * g), v16_set1(-INFINITY)));
 }
 
-static void block_values(const struct winnow_model_shape *shape, const void *block,
-                         uint32_t n_tokens, const float *p, size_t p_stride, float *partial)
+static void block_values(const struct winnow_model_shape *shape, const void *block, ptrdiff_t ahead,
+                         uint32_t n_tokens, const float *p, const float *shrink, float *partial)
 {
     uint32_t n_q = shape_n_q(shape), v_width = shape->v_width, dtype = shape->kv_dtype;
     const void *v = element_at(dtype, block, (size_t)WINNOW_BLOCK_TOKENS * shape->k_width);
     size_t stride = v_width + 2;
 
-    for (uint32_t g = 0; g < n_q; g += HEADS_TILE) {
-        TILE_CALL(dtype, heads_in_tile(n_q, g), tile_values, v_width, v, n_tokens, p + g * p_stride,
-                  p_stride, partial + g * stride + 2, stride)
+    for (uint32_t g = 0; g < n_q; g += HEADS_TILE, ahead = 0) {
+        TILE_CALL(dtype, heads_in_tile(n_q, g), tile_values, v_width, v, ahead, n_tokens,
+                  p + 16 * g, shrink + g, partial + g * stride + 2, stride)
     }
 }
 
-/* The rows of logits of one head's n blocks, already exp(l - largest of the row), to
- * exp(l - m) of all; starts the partial with m, l and zeros. */
-static void head_weigh(uint32_t v_width, uint32_t n, const float *largest, const float *sum,
-                       float *p, float *partial)
-{
-    float weight[16];
-    v16 zero = v16_set1(0.0f);
-    v16 top = v16_first(n, v16_load(largest), v16_set1(-INFINITY));
-    float m = v16_largest(top);
-    v16 w = m > -INFINITY ? v16_exp(v16_sub(top, v16_set1(m))) : zero;
+/* Lane g: query head g. */
+struct running {
+    v16 m, l;
+};
 
-    partial[0] = m;
-    partial[1] = v16_sum(v16_first(n, v16_mul(w, v16_load(sum)), zero));
-    for (uint32_t d = 0; d < v_width; d += 16)
-        v16_store(partial + 2 + d, zero);
+/* Rows of logits, a query head each, to exp(logit - m) with m raised to them; returns what the
+ * earlier l and o shrink by, and in ln_m the ln of the rows' own mass. */
+SIMD v16 rows_absorb(uint32_t n_rows, float *p, struct running *running, v16 *ln_m)
+{
+    float shift[16], weight[16];
+    v16 row[16], largest, sum;
+
+#pragma GCC unroll 16
+    for (uint32_t g = 0; g < n_rows; g++)
+        row[g] = v16_load(p + 16 * g);
+    largest = n_rows == 4 ? v16_rows_largest_4(row) : v16_rows_largest(row);
+    v16_store(shift, largest);
+#pragma GCC unroll 16
+    for (uint32_t g = 0; g < n_rows; g++)
+        row[g] = v16_exp(v16_sub(row[g], v16_set1(shift[g])));
+    sum = n_rows == 4 ? v16_rows_sum_4(row) : v16_rows_sum(row);
+
+    v16 m = v16_max(running->m, largest);
+    v16 shrink = v16_exp(v16_sub(running->m, m)), w = v16_exp(v16_sub(largest, m));
+    running->m = m;
+    running->l = v16_fma(sum, w, v16_mul(running->l, shrink));
+    *ln_m = v16_add(largest, v16_log(sum));
     v16_store(weight, w);
-    for (uint32_t b = 0; b < n; b++)
-        v16_store(p + 16 * b, v16_mul(v16_load(p + 16 * b), v16_set1(weight[b])));
+#pragma GCC unroll 16
+    for (uint32_t g = 0; g < n_rows; g++)
+        v16_store(p + 16 * g, v16_mul(row[g], v16_set1(weight[g])));
+    return shrink;
 }
 
 static void attend_partial(const struct winnow_model_shape *shape, const float *q, uint32_t n,
                            const void *const *block, const uint32_t *n_tokens, float *partial,
                            float *ln_m)
 {
-    enum { N_ROWS_MAX = WINNOW_GQA_MAX * WINNOW_GROUP_BLOCKS };
-    uint32_t n_q = shape_n_q(shape), n_rows = n_q * n;
-    /* Row g n + b: head g, block b. Rounded up to sixteen rows, and one more vector to read over. */
-    float p[N_ROWS_MAX * 16], largest[N_ROWS_MAX + 16], sum[N_ROWS_MAX + 16];
+    uint32_t n_q = shape_n_q(shape);
+    size_t stride = shape->v_width + 2;
+    float p[WINNOW_GQA_MAX][16] = {{0}}, m[16], l[16], ln[16], shrink[16];
+    struct running running = {.m = v16_set1(-INFINITY), .l = v16_set1(0.0f)};
 
+    memset(partial, 0, n_q * stride * sizeof(float));
     for (uint32_t b = 0; b < n; b++) {
-        if (b + 1 < n)
-            block_prefetch(shape, block[b + 1]);
-        block_logits(shape, q, block[b], n_tokens[b], p + 16 * b, 16 * n);
+        ptrdiff_t ahead = b + 1 < n ? (const char *)block[b + 1] - (const char *)block[b] : 0;
+        v16 by, ln_b;
+        block_logits(shape, q, block[b], ahead, n_tokens[b], p[0]);
+        by = n_q <= 4 ? rows_absorb(4, p[0], &running, &ln_b)
+                      : rows_absorb(16, p[0], &running, &ln_b);
+        v16_store(shrink, by);
+        v16_store(ln, ln_b);
+        block_values(shape, block[b], ahead, n_tokens[b], p[0], shrink, partial);
+        if (ln_m)
+            memcpy(ln_m + b * n_q, ln, n_q * sizeof(float));
     }
-    for (uint32_t first = 0; first < n_rows; first += 16) {
-        v16 row[16], row_largest, row_sum;
-        for (uint32_t i = 0; i < 16; i++)
-            row[i] = first + i < n_rows ? v16_load(p + 16 * (first + i)) : v16_set1(0.0f);
-        v16_rows_exp(row, &row_largest, &row_sum);
-        for (uint32_t i = 0; i < 16; i++)
-            v16_store(p + 16 * (first + i), row[i]);
-        v16_store(largest + first, row_largest);
-        v16_store(sum + first, row_sum);
+    v16_store(m, running.m);
+    v16_store(l, running.l);
+    for (uint32_t g = 0; g < n_q; g++) {
+        partial[g * stride] = m[g];
+        partial[g * stride + 1] = l[g];
     }
-    for (uint32_t g = 0; ln_m && g < n_q; g++) {
-        float ln[16];
-        v16_store(ln, v16_add(v16_load(largest + g * n), v16_log(v16_load(sum + g * n))));
-        for (uint32_t b = 0; b < n; b++)
-            ln_m[b * n_q + g] = ln[b];
-    }
-    for (uint32_t g = 0; g < n_q; g++)
-        head_weigh(shape->v_width, n, largest + g * n, sum + g * n, p + (size_t)16 * g * n,
-                   partial + (size_t)g * (shape->v_width + 2));
-    for (uint32_t b = 0; b < n; b++)
-        block_values(shape, block[b], n_tokens[b], p + 16 * b, 16 * n, partial);
 }

@@ -213,10 +213,11 @@ SIMD float v16_largest(v16 a)
 
 /*
  * Lane i of the result is the sum (or maximum) of the lanes of row[i]: sixteen reductions in the
- * time of three. Four rows at a time fold into one register, then the four 128-bit quarters.
+ * time of three. Four rows at a time fold into one register, then the four 128-bit quarters; of
+ * four rows alone (_4), lanes 0 to 3 count.
  */
 #define ROWS_REDUCE(name, op)                                                                      \
-    SIMD v16 name##_4(const v16 *row)                                                              \
+    SIMD v16 name##_fold(const v16 *row)                                                           \
     {                                                                                              \
         v16 a = op(_mm512_unpacklo_ps(row[0], row[1]), _mm512_unpackhi_ps(row[0], row[1]));        \
         v16 b = op(_mm512_unpacklo_ps(row[2], row[3]), _mm512_unpackhi_ps(row[2], row[3]));        \
@@ -224,11 +225,17 @@ SIMD float v16_largest(v16 a)
     }                                                                                              \
     SIMD v16 name(const v16 row[16])                                                               \
     {                                                                                              \
-        v16 a = name##_4(row), b = name##_4(row + 4), c = name##_4(row + 8);                       \
-        v16 d = name##_4(row + 12);                                                                \
+        v16 a = name##_fold(row), b = name##_fold(row + 4);                                        \
+        v16 c = name##_fold(row + 8), d = name##_fold(row + 12);                                   \
         a = op(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));                \
         c = op(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));                \
         return op(_mm512_shuffle_f32x4(a, c, 0x88), _mm512_shuffle_f32x4(a, c, 0xdd));             \
+    }                                                                                              \
+    SIMD v16 name##_4(const v16 row[4])                                                            \
+    {                                                                                              \
+        v16 a = name##_fold(row);                                                                  \
+        a = op(a, _mm512_shuffle_f32x4(a, a, 0x4e));                                               \
+        return op(a, _mm512_shuffle_f32x4(a, a, 0xb1));                                            \
     }
 
 #else /* AVX2 */
@@ -466,10 +473,11 @@ SIMD __m256 v8_max(__m256 a, __m256 b)
 
 /*
  * Lane i of the result is the sum (or maximum) of the lanes of row[i]: sixteen reductions in the
- * time of three. Four rows at a time fold into one register, then its two halves.
+ * time of three. Four rows at a time fold into one register, then its two halves; of four rows
+ * alone (_4), lanes 0 to 3 count.
  */
 #define ROWS_REDUCE(name, op)                                                                      \
-    SIMD __m256 name##_4(const v16 *row)                                                           \
+    SIMD __m256 name##_fold(const v16 *row)                                                        \
     {                                                                                              \
         __m256 r0 = op##8(row[0].lo, row[0].hi), r1 = op##8(row[1].lo, row[1].hi);                 \
         __m256 r2 = op##8(row[2].lo, row[2].hi), r3 = op##8(row[3].lo, row[3].hi);                 \
@@ -479,12 +487,18 @@ SIMD __m256 v8_max(__m256 a, __m256 b)
     }                                                                                              \
     SIMD __m256 name##_8(const v16 *row)                                                           \
     {                                                                                              \
-        __m256 a = name##_4(row), b = name##_4(row + 4);                                           \
+        __m256 a = name##_fold(row), b = name##_fold(row + 4);                                     \
         return op##8(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));      \
     }                                                                                              \
     SIMD v16 name(const v16 row[16])                                                               \
     {                                                                                              \
         return (v16){name##_8(row), name##_8(row + 8)};                                            \
+    }                                                                                              \
+    SIMD v16 name##_4(const v16 row[4])                                                            \
+    {                                                                                              \
+        __m256 a = name##_fold(row);                                                               \
+        a = op##8(a, _mm256_permute2f128_ps(a, a, 1));                                             \
+        return (v16){a, a};                                                                        \
     }
 #define v16_add8 v8_add
 #define v16_max8 v8_max

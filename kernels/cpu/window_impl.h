@@ -60,7 +60,7 @@ SIMD void tile_product(uint32_t n_vectors, float scale, uint32_t depth, const fl
 #pragma GCC unroll 2
         for (uint32_t j = 0; j < n_vectors; j++)
             sum[r][j] = v16_set1(0.0f);
-    for (uint32_t i = 0; i < depth; i++, b += b_stride) {
+    for (size_t i = 0; i < depth; i++, b += b_stride) {
         v16 row[TILE_VECTORS];
 #pragma GCC unroll 2
         for (uint32_t j = 0; j < n_vectors; j++)

@@ -12,7 +12,6 @@
  */
 #pragma once
 
-#include <base/assert.h>
 #include <kernels/cpu/simd.h>
 
 #ifdef __AVX512F__
@@ -20,126 +19,130 @@ enum { TILE_ROWS = 12, TILE_VECTORS = 2 };
 #else
 enum { TILE_ROWS = 6, TILE_VECTORS = 1 };
 #endif
-enum { GROUP_TOKENS = WINNOW_GROUP_BLOCKS * WINNOW_BLOCK_TOKENS };
-
-/* What one call needs, all fp32. */
-struct window_scratch {
-    float *k;      /* [k_width][GROUP_TOKENS] */
-    float *v;      /* [GROUP_TOKENS][v_width] */
-    float *q_rest; /* [TILE_ROWS][k_width]: the last tile's rows, filled up with zeros */
-    float *o;      /* [TILE_ROWS][v_width] */
-    float *s;      /* [TILE_ROWS][GROUP_TOKENS]: logits, then p */
+enum {
+    PANEL = 16 * TILE_VECTORS, /* columns of B that a product takes at once */
+    GROUP_TOKENS = WINNOW_GROUP_BLOCKS * WINNOW_BLOCK_TOKENS,
 };
+
+/* What one call needs, all fp32. Columns that fill a last panel up are computed, never read. */
+struct window_scratch {
+    float *k;       /* [GROUP_TOKENS / PANEL][k_width][PANEL] */
+    float *v;       /* [o_width / PANEL][GROUP_TOKENS][PANEL] */
+    float *s;       /* [TILE_ROWS][GROUP_TOKENS]: logits, then p */
+    float *q_rest;  /* [TILE_ROWS][k_width]: the last tile's rows, filled up with zeros */
+    float *o;       /* [TILE_ROWS][o_width] */
+    size_t o_width; /* v_width in whole panels */
+};
+
+static size_t window_scratch_init(struct window_scratch *w, const struct winnow_model_shape *shape,
+                                  float *scratch)
+{
+    size_t k_width = shape->k_width, o_width = (shape->v_width + PANEL - 1) / PANEL * PANEL;
+    size_t v_at = GROUP_TOKENS * k_width, s_at = v_at + GROUP_TOKENS * o_width;
+    size_t q_at = s_at + (size_t)TILE_ROWS * GROUP_TOKENS, o_at = q_at + TILE_ROWS * k_width;
+
+    if (scratch)
+        *w = (struct window_scratch){.k = scratch,
+                                     .v = scratch + v_at,
+                                     .s = scratch + s_at,
+                                     .q_rest = scratch + q_at,
+                                     .o = scratch + o_at,
+                                     .o_width = o_width};
+    return (o_at + TILE_ROWS * o_width) * sizeof(float);
+}
 
 static size_t window_scratch_bytes(const struct winnow_model_shape *shape, uint32_t n_pos)
 {
     (void)n_pos;
-    size_t n = (size_t)(GROUP_TOKENS + TILE_ROWS) * (shape->k_width + shape->v_width);
-    return (n + (size_t)TILE_ROWS * GROUP_TOKENS) * sizeof(float);
+    return window_scratch_init(NULL, shape, NULL);
 }
 
-static struct window_scratch window_scratch(const struct winnow_model_shape *shape, void *scratch)
-{
-    struct window_scratch w = {.k = scratch};
-    w.v = w.k + (size_t)GROUP_TOKENS * shape->k_width;
-    w.s = w.v + (size_t)GROUP_TOKENS * shape->v_width;
-    w.q_rest = w.s + (size_t)TILE_ROWS * GROUP_TOKENS;
-    w.o = w.q_rest + (size_t)TILE_ROWS * shape->k_width;
-    return w;
-}
-
-/* C [TILE_ROWS][16 n_vectors] = A [TILE_ROWS][depth] x B [depth][16 n_vectors], rows apart by
- * their strides; for logits (scale > 0) times scale, and clamped. */
-SIMD void tile_product(uint32_t n_vectors, float scale, uint32_t depth, const float *a,
-                       size_t a_stride, const float *b, size_t b_stride, float *c, size_t c_stride)
+/* C [TILE_ROWS][PANEL] = A [TILE_ROWS][depth] x B [depth][PANEL]; for logits times scale, clamped.
+ * Rows of A and C are their strides apart. */
+SIMD void tile_product(bool is_logits, float scale, size_t depth, const float *a, size_t a_stride,
+                       const float *b, float *c, size_t c_stride)
 {
     v16 sum[TILE_ROWS][TILE_VECTORS];
 
 #pragma GCC unroll 16
     for (uint32_t r = 0; r < TILE_ROWS; r++)
 #pragma GCC unroll 2
-        for (uint32_t j = 0; j < n_vectors; j++)
+        for (uint32_t j = 0; j < TILE_VECTORS; j++)
             sum[r][j] = v16_set1(0.0f);
-    for (size_t i = 0; i < depth; i++, b += b_stride) {
+    for (size_t i = 0; i < depth; i++, b += PANEL) {
         v16 row[TILE_VECTORS];
 #pragma GCC unroll 2
-        for (uint32_t j = 0; j < n_vectors; j++)
+        for (uint32_t j = 0; j < TILE_VECTORS; j++)
             row[j] = v16_load(b + 16 * j);
 #pragma GCC unroll 16
         for (uint32_t r = 0; r < TILE_ROWS; r++) {
             v16 x = v16_set1(a[r * a_stride + i]);
 #pragma GCC unroll 2
-            for (uint32_t j = 0; j < n_vectors; j++)
+            for (uint32_t j = 0; j < TILE_VECTORS; j++)
                 sum[r][j] = v16_fma(x, row[j], sum[r][j]);
         }
     }
 #pragma GCC unroll 16
     for (uint32_t r = 0; r < TILE_ROWS; r++)
 #pragma GCC unroll 2
-        for (uint32_t j = 0; j < n_vectors; j++) {
-            if (scale > 0)
+        for (uint32_t j = 0; j < TILE_VECTORS; j++) {
+            if (is_logits)
                 sum[r][j] = v16_clamp(v16_mul(sum[r][j], v16_set1(scale)));
             v16_store(c + r * c_stride + 16 * j, sum[r][j]);
         }
 }
 
-/* The same for any number of columns, a multiple of 16; a_stride as a constant where it can be,
- * so that the rows of A need one register. */
-SIMD void tile_columns(uint32_t n_columns, float scale, uint32_t depth, const float *a,
-                       size_t a_stride, const float *b, size_t b_stride, float *c, size_t c_stride)
-{
-    uint32_t j = 0;
-
-    for (; j + 16 * TILE_VECTORS <= n_columns; j += 16 * TILE_VECTORS)
-        tile_product(TILE_VECTORS, scale, depth, a, a_stride, b + j, b_stride, c + j, c_stride);
-    if (TILE_VECTORS > 1 && j < n_columns)
-        tile_product(1, scale, depth, a, a_stride, b + j, b_stride, c + j, c_stride);
-}
-
-static void tile_scores(uint32_t n_tokens, uint32_t k_width, float scale, const float *q,
+/* s = scale x Q K^T. The two common widths are constants: the rows of Q then need one register. */
+static void tile_scores(uint32_t n_tokens, size_t k_width, float scale, const float *q,
                         const float *k, float *s)
 {
-    if (k_width == 64)
-        tile_columns(n_tokens, scale, 64, q, 64, k, GROUP_TOKENS, s, GROUP_TOKENS);
-    else if (k_width == 128)
-        tile_columns(n_tokens, scale, 128, q, 128, k, GROUP_TOKENS, s, GROUP_TOKENS);
-    else
-        tile_columns(n_tokens, scale, k_width, q, k_width, k, GROUP_TOKENS, s, GROUP_TOKENS);
+    for (uint32_t t = 0; t < n_tokens; t += PANEL, k += PANEL * k_width) {
+        if (k_width == 64)
+            tile_product(true, scale, 64, q, 64, k, s + t, GROUP_TOKENS);
+        else if (k_width == 128)
+            tile_product(true, scale, 128, q, 128, k, s + t, GROUP_TOKENS);
+        else
+            tile_product(true, scale, k_width, q, k_width, k, s + t, GROUP_TOKENS);
+    }
 }
 
-static void tile_outputs(uint32_t n_tokens, uint32_t v_width, const float *p, const float *v,
+/* o = P V */
+static void tile_outputs(uint32_t n_tokens, size_t o_width, const float *p, const float *v,
                          float *o)
 {
-    tile_columns(v_width, 0.0f, n_tokens, p, GROUP_TOKENS, v, v_width, o, v_width);
+    for (size_t d = 0; d < o_width; d += PANEL, v += (size_t)GROUP_TOKENS * PANEL)
+        tile_product(false, 0.0f, n_tokens, p, GROUP_TOKENS, v, o + d, o_width);
 }
 
-/* Widens a block into columns [16 b_idx, 16 b_idx + 16) of K and rows of V; tokens that are not
- * there become 0. */
+/* Widens block b_idx of a group into its columns of K and rows of V; tokens that are not there
+ * become 0. */
 SIMD void block_widen_as(uint32_t dtype, const struct winnow_model_shape *shape, const void *block,
-                         uint32_t n_tokens, float *k, float *v)
+                         uint32_t n_tokens, const struct window_scratch *w, uint32_t b_idx)
 {
-    uint32_t v_width = shape->v_width;
-    const void *v_rows = element_at(dtype, block, (size_t)WINNOW_BLOCK_TOKENS * shape->k_width);
+    size_t k_width = shape->k_width, v_width = shape->v_width;
+    const void *v_rows = element_at(dtype, block, WINNOW_BLOCK_TOKENS * k_width);
+    float *k = w->k + b_idx / TILE_VECTORS * PANEL * k_width + b_idx % TILE_VECTORS * 16;
     v16 zero = v16_set1(0.0f);
 
-    for (uint32_t d = 0; d < shape->k_width; d++)
-        v16_store(k + (size_t)d * GROUP_TOKENS,
-                  v16_first(n_tokens, v16_load_as(dtype, block, 16 * d), zero));
-    for (uint32_t i = 0; i < n_tokens * v_width; i += 16)
-        v16_store(v + i, v16_load_as(dtype, v_rows, i));
-    for (uint32_t i = n_tokens * v_width; i < WINNOW_BLOCK_TOKENS * v_width; i += 16)
-        v16_store(v + i, zero);
+    for (size_t d = 0; d < k_width; d++)
+        v16_store(k + PANEL * d, v16_first(n_tokens, v16_load_as(dtype, block, 16 * d), zero));
+    for (size_t t = 0; t < WINNOW_BLOCK_TOKENS; t++) {
+        float *v = w->v + (16 * b_idx + t) * PANEL;
+        for (size_t d = 0; d < v_width; d += 16)
+            v16_store(v + d / PANEL * PANEL * GROUP_TOKENS + d % PANEL,
+                      t < n_tokens ? v16_load_as(dtype, v_rows, t * v_width + d) : zero);
+    }
 }
 
 static void block_widen(const struct winnow_model_shape *shape, const void *block,
-                        uint32_t n_tokens, float *k, float *v)
+                        uint32_t n_tokens, const struct window_scratch *w, uint32_t b_idx)
 {
     if (shape->kv_dtype == WINNOW_FP16)
-        block_widen_as(WINNOW_FP16, shape, block, n_tokens, k, v);
+        block_widen_as(WINNOW_FP16, shape, block, n_tokens, w, b_idx);
     else if (shape->kv_dtype == WINNOW_BF16)
-        block_widen_as(WINNOW_BF16, shape, block, n_tokens, k, v);
+        block_widen_as(WINNOW_BF16, shape, block, n_tokens, w, b_idx);
     else
-        block_widen_as(WINNOW_FP32, shape, block, n_tokens, k, v);
+        block_widen_as(WINNOW_FP32, shape, block, n_tokens, w, b_idx);
 }
 
 /* Tokens of a block that the query at `at` may see: a prefix. */
@@ -234,11 +237,11 @@ static void tile_attend(const struct winnow_model_shape *shape, const struct win
     tile_scores(n_tokens, shape->k_width, shape->softmax_scale, q, w->k, w->s);
     tile_mask(group, n_blocks, row_first, n_rows, n_q, w->s);
     tile_exp(n_tokens, w->s, m_before, m, sum, shrink);
-    tile_outputs(n_tokens, v_width, w->s, w->v, w->o);
+    tile_outputs(n_tokens, w->o_width, w->s, w->v, w->o);
 
     for (uint32_t r = 0; r < n_rows; r++) {
         float *at = partial + r * stride;
-        const float *o = w->o + (size_t)r * v_width;
+        const float *o = w->o + r * w->o_width;
         v16 x = v16_set1(shrink[r]);
         at[0] = m[r];
         at[1] = at[1] * shrink[r] + sum[r];
@@ -271,7 +274,9 @@ static void attend_window(const struct winnow_model_shape *shape, uint32_t n_pos
                           void *scratch)
 {
     uint32_t n_q = shape_n_q(shape);
-    struct window_scratch w = window_scratch(shape, scratch);
+    struct window_scratch w;
+
+    window_scratch_init(&w, shape, scratch);
 
     for (uint32_t b = 0; b < n; b += WINNOW_GROUP_BLOCKS) {
         struct window_group group = {
@@ -280,8 +285,7 @@ static void attend_window(const struct winnow_model_shape *shape, uint32_t n_pos
             .n_tokens = n_tokens + b,
         };
         for (uint32_t i = 0; i < group.n; i++)
-            block_widen(shape, block[b + i], n_tokens[b + i], w.k + 16 * i,
-                        w.v + (size_t)16 * i * shape->v_width);
+            block_widen(shape, block[b + i], n_tokens[b + i], &w, i);
         group_attend(shape, &w, &group, first * n_q, n_pos * n_q, q, partial);
     }
 }

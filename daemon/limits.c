@@ -1,0 +1,221 @@
+#include <daemon/limits.h>
+#include <inttypes.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/statvfs.h>
+
+#define MIB                     (UINT64_C(1) << 20)
+#define GIB                     (UINT64_C(1) << 30)
+#define ORIGIN(origins, member) winnow_origin(origins, offsetof(struct winnow_config, member))
+
+/* Resident set of a daemon that serves nothing (code, shared libraries, stacks, gRPC's own):
+ * 17 MiB on Debian 12, and what the heap keeps between messages. */
+#define PROCESS_BYTES (24 * MIB)
+/* What a live stream costs gRPC and us beside its data: call, metadata, transport entry. */
+#define CALL_BYTES (16 << 10)
+/* A request in the core, with its errors' counters. */
+#define ITEM_BYTES (2 << 10)
+
+static uint64_t clamp(uint64_t value, uint64_t least, uint64_t most)
+{
+    return value < least ? least : value > most ? most : value;
+}
+
+static uint64_t read_number(const char *path, const char *before)
+{
+    char line[256];
+    uint64_t value = UINT64_MAX;
+    FILE *file = fopen(path, "re");
+    while (file && fgets(line, sizeof line, file)) {
+        if (strncmp(line, before, strlen(before)))
+            continue;
+        const char *digits = line + strlen(before);
+        digits += strspn(digits, " ");
+        if (*digits >= '0' && *digits <= '9')
+            value = strtoull(digits, NULL, 10);
+        break;
+    }
+    if (file)
+        fclose(file);
+    return value;
+}
+
+/* The least memory.max of this process's cgroup and its parents (version 2). */
+static uint64_t read_cgroup_bytes(void)
+{
+    char line[512] = "", path[1024];
+    uint64_t least = UINT64_MAX;
+    FILE *file = fopen("/proc/self/cgroup", "re");
+    while (file && fgets(line, sizeof line, file) && strncmp(line, "0::/", 4))
+        line[0] = 0;
+    if (file)
+        fclose(file);
+    line[strcspn(line, "\n")] = 0;
+    if (strncmp(line, "0::/", 4))
+        return UINT64_MAX;
+    char *group = line + 3;
+    for (;;) {
+        snprintf(path, sizeof path, "/sys/fs/cgroup%s/memory.max", group);
+        uint64_t bytes = read_number(path, "");
+        if (bytes < least)
+            least = bytes;
+        char *slash = strrchr(group, '/');
+        if (!slash || !*group)
+            return least;
+        *slash = 0;
+    }
+}
+
+void winnow_machine_probe(struct winnow_machine *machine, const char *data_dir)
+{
+    *machine = (struct winnow_machine){.n_cpus = 1};
+    uint64_t available_kib = read_number("/proc/meminfo", "MemAvailable:");
+    machine->memory_available_bytes =
+        available_kib == UINT64_MAX ? UINT64_MAX : available_kib << 10;
+    machine->cgroup_bytes = read_cgroup_bytes();
+    cpu_set_t cpus;
+    if (!sched_getaffinity(0, sizeof cpus, &cpus))
+        machine->n_cpus = (uint32_t)CPU_COUNT(&cpus);
+
+    char path[WINNOW_PATH_BYTES];
+    struct statvfs fs;
+    snprintf(path, sizeof path, "%s", *data_dir ? data_dir : ".");
+    while (statvfs(path, &fs) < 0) {
+        char *slash = strrchr(path, '/');
+        if (!slash)
+            snprintf(path, sizeof path, ".");
+        else if (slash == path)
+            path[1] = 0;
+        else
+            *slash = 0;
+        if (!slash || slash == path) {
+            if (statvfs(path, &fs) < 0)
+                return;
+            break;
+        }
+    }
+    machine->disk_bytes = (uint64_t)fs.f_blocks * fs.f_frsize;
+    machine->disk_free_bytes = (uint64_t)fs.f_bavail * fs.f_frsize;
+}
+
+static uint64_t default_disk_cap(const struct winnow_machine *machine)
+{
+    uint64_t cap = machine->disk_bytes / 10;
+    if (cap > machine->disk_free_bytes / 2)
+        cap = machine->disk_free_bytes / 2;
+    return clamp(cap & ~(64 * MIB - 1), 128 * MIB, 256 * GIB);
+}
+
+void winnow_limits_plan(const struct winnow_config *config, const struct winnow_origins *origins,
+                        const struct winnow_machine *machine, struct winnow_limits *limits,
+                        struct winnow_complaints *complaints)
+{
+    uint64_t pool = config->host_pool_bytes;
+    if (!pool)
+        pool = clamp((machine->memory_available_bytes / 4) & ~(2 * MIB - 1), 64 * MIB, 32 * GIB);
+    uint64_t index = config->index_memory_bytes;
+    if (!index)
+        index = clamp(pool / 2, 48 * MIB, UINT64_MAX);
+
+    *limits = (struct winnow_limits){
+        .host_pool_bytes = pool,
+        .index_memory_bytes = index,
+        .disk_cap_bytes =
+            config->disk_cap_bytes ? config->disk_cap_bytes : default_disk_cap(machine),
+        .n_threads = config->n_threads ? config->n_threads : machine->n_cpus,
+        .segment_tokens = config->segment_tokens ? config->segment_tokens
+                          : pool < 128 * MIB     ? 512
+                                                 : 1024,
+        .in_flight_bytes = clamp(pool / 4, 4 * MIB, 64 * MIB),
+        .n_posted = (uint32_t)clamp(pool / (64 * MIB), 2, 16),
+        .n_calls_max = (uint32_t)clamp(pool / (256 << 10), 96, 4096),
+        .n_calls_reserved = 16,
+        .n_clients_max = (uint32_t)clamp(pool / MIB, 32, 1024),
+        .n_items_max = (uint32_t)clamp(pool / (64 << 10), 768, 4096),
+        .n_steps_max = 16,
+        .n_io_max = (uint32_t)clamp(pool / (64 << 10), 256, 4096),
+        .process_bytes = PROCESS_BYTES,
+    };
+    limits->window_bytes = limits->in_flight_bytes;
+    limits->lookahead_bytes = clamp(limits->in_flight_bytes / 8, 256 << 10, 8 * MIB);
+    limits->n_segments_max = (uint32_t)clamp(limits->disk_cap_bytes / (2 * MIB), 64, 1 << 20);
+    limits->io_bytes = 2 * MIB + limits->n_io_max * 256 + (uint64_t)limits->n_segments_max * 64;
+    limits->rpc_bytes = (uint64_t)limits->n_calls_max * CALL_BYTES +
+                        (uint64_t)limits->n_items_max * ITEM_BYTES +
+                        (uint64_t)config->n_sessions_max * 512 + 4 * limits->lookahead_bytes;
+
+    char value[24], limit[24], fits[24];
+    if (limits->disk_cap_bytes > machine->disk_free_bytes && machine->disk_bytes)
+        winnow_complain(complaints, "disk_cap %s exceeds the %s free. from: %s. hint: %s fits",
+                        winnow_size_text(limits->disk_cap_bytes, value),
+                        winnow_size_text(machine->disk_free_bytes, limit),
+                        ORIGIN(origins, disk_cap_bytes),
+                        winnow_size_text(machine->disk_free_bytes / 20 * 19, fits));
+}
+
+static uint64_t sum_before_margin(const struct winnow_limits *limits)
+{
+    return limits->host_pool_bytes + limits->index_memory_bytes + limits->in_flight_bytes +
+           limits->core_bytes + limits->io_bytes + limits->rpc_bytes + limits->process_bytes;
+}
+
+uint64_t winnow_limits_sum_bytes(const struct winnow_limits *limits)
+{
+    return sum_before_margin(limits) / 10 * 11;
+}
+
+void winnow_limits_check_sum(const struct winnow_limits *limits,
+                             const struct winnow_origins *origins,
+                             const struct winnow_machine *machine,
+                             struct winnow_complaints *complaints)
+{
+    bool is_cgroup = machine->cgroup_bytes < machine->memory_available_bytes;
+    uint64_t most = is_cgroup ? machine->cgroup_bytes : machine->memory_available_bytes;
+    uint64_t sum = winnow_limits_sum_bytes(limits);
+    if (sum <= most)
+        return;
+    uint64_t caps = limits->host_pool_bytes + limits->index_memory_bytes;
+    uint64_t rest = (sum_before_margin(limits) - caps) / 10 * 11;
+    uint64_t room = most > rest ? (most - rest) / 11 * 10 : 0;
+    uint64_t fits = (uint64_t)((double)room * (double)limits->host_pool_bytes / (double)caps);
+    char pool[24], index[24], all[24], limit[24], hint[24];
+    winnow_complain(complaints,
+                    "host_pool %s and index_memory %s need %s with all else, this %s %s. from: "
+                    "%s. hint: host_pool %s fits",
+                    winnow_size_text(limits->host_pool_bytes, pool),
+                    winnow_size_text(limits->index_memory_bytes, index), winnow_size_text(sum, all),
+                    is_cgroup ? "cgroup allows" : "machine has", winnow_size_text(most, limit),
+                    ORIGIN(origins, host_pool_bytes), winnow_size_text(fits & ~(MIB - 1), hint));
+}
+
+void winnow_limits_print(const struct winnow_limits *limits, const struct winnow_config *config,
+                         const struct winnow_origins *origins, const struct winnow_machine *machine,
+                         FILE *file)
+{
+    char a[24], b[24], c[24], d[24], e[24], f[24], g[24], h[24], i[24];
+    uint64_t most = machine->cgroup_bytes < machine->memory_available_bytes
+                        ? machine->cgroup_bytes
+                        : machine->memory_available_bytes;
+    fprintf(file, "host_pool %s from %s  threads %u from %s\n",
+            winnow_size_text(limits->host_pool_bytes, a), ORIGIN(origins, host_pool_bytes),
+            limits->n_threads, ORIGIN(origins, n_threads));
+    fprintf(file, "index_memory %s from %s  mass %.3g from %s\n",
+            winnow_size_text(limits->index_memory_bytes, a), ORIGIN(origins, index_memory_bytes),
+            (double)config->mass, ORIGIN(origins, mass));
+    fprintf(file, "disk_cap %s from %s, of %s free in %s\n",
+            winnow_size_text(limits->disk_cap_bytes, a), ORIGIN(origins, disk_cap_bytes),
+            winnow_size_text(machine->disk_free_bytes, b), config->data_dir);
+    fprintf(file, "segment_tokens %u from %s  policy %s from %s  socket %s\n",
+            limits->segment_tokens, ORIGIN(origins, segment_tokens), config->policy,
+            ORIGIN(origins, policy), config->socket);
+    fprintf(file,
+            "memory pool %s + index %s + in flight %s + core %s + I/O %s + RPC %s + process %s "
+            "+ 10 %% = %s of %s\n",
+            winnow_size_text(limits->host_pool_bytes, a),
+            winnow_size_text(limits->index_memory_bytes, b),
+            winnow_size_text(limits->in_flight_bytes, c), winnow_size_text(limits->core_bytes, d),
+            winnow_size_text(limits->io_bytes, e), winnow_size_text(limits->rpc_bytes, f),
+            winnow_size_text(limits->process_bytes, g),
+            winnow_size_text(winnow_limits_sum_bytes(limits), h), winnow_size_text(most, i));
+}

@@ -142,9 +142,9 @@ int winnow_dir_open(struct winnow_dir *dir, const char *path, char text[TEXT_BYT
         (int)sizeof dir->data_path)
         return refuse(-ENAMETOOLONG, text, "data_dir is longer than %zu bytes",
                       sizeof dir->data_path);
-    if (mkdir(path, 0700) < 0 && errno != EEXIST)
-        return refuse(-errno, text, "data_dir %.120s: %s", path, strerror(errno));
     int rc = dir->fd = path_open(path);
+    if (rc == -ENOENT && mkdir(path, 0700) == 0)
+        rc = dir->fd = path_open(path);
     if (rc == -ELOOP)
         rc = refuse(-EACCES, text,
                     "data_dir %.120s is reached through a symbolic link: name the real path", path);

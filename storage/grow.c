@@ -13,6 +13,7 @@ enum { N_AGAIN_MAX = 8, N_ASKS_MAX = 4 };
 
 /* Left to everyone else, and to the file system's own metadata. */
 static const uint64_t left_percent = 5;
+static const int64_t wait_ns = 10 * WINNOW_NS_PER_S;
 
 int winnow_grow_init(struct winnow_grow *grow, const struct winnow_io_method *method, void *io,
                      int dir_fd, uint64_t file_bytes)
@@ -31,8 +32,14 @@ int winnow_grow_init(struct winnow_grow *grow, const struct winnow_io_method *me
 
 int winnow_grow_finish(struct winnow_grow *grow)
 {
-    if (grow->io && grow->method->close(grow->io) == -EBUSY)
-        return -EBUSY;
+    int64_t until_ns = grow->io ? grow->method->now(grow->io) + wait_ns : 0;
+    while (grow->io && grow->state != WINNOW_GROW_IDLE) {
+        if (grow->method->wait(grow->io, until_ns) == -ETIMEDOUT)
+            return -EBUSY;
+        winnow_grow_step(grow, 0);
+    }
+    if (grow->io)
+        grow->method->close(grow->io);
     winnow_ring_destroy(grow->answers);
     winnow_ring_destroy(grow->asks);
     *grow = (struct winnow_grow){.dir_fd = -1};
@@ -105,10 +112,11 @@ static void file_begin(struct winnow_grow *grow, uint32_t file_no)
 
 static void op_done(struct winnow_grow *grow, int32_t result)
 {
-    if ((result == -EAGAIN || result == -EINTR) && grow->n_again++ < N_AGAIN_MAX) {
+    bool again = result == -EAGAIN || result == -EINTR;
+    if (again && grow->n_again++ < N_AGAIN_MAX) {
         op_submit(grow);
     } else if (result < 0 || grow->state == WINNOW_GROW_SYNCING) {
-        file_end(grow, result);
+        file_end(grow, again ? -EIO : result);
     } else {
         grow->state = WINNOW_GROW_SYNCING;
         op_submit(grow);
@@ -130,8 +138,9 @@ int64_t winnow_grow_step(struct winnow_grow *grow, int64_t now_ns)
     }
 }
 
-int winnow_grow_now(struct winnow_grow *grow, uint32_t file_no, int64_t deadline_ns)
+int winnow_grow_now(struct winnow_grow *grow, uint32_t file_no)
 {
+    int64_t deadline_ns = grow->method->now(grow->io) + wait_ns;
     struct winnow_message message = {.kind = WINNOW_MESSAGE_FILE, .file_no = file_no};
     winnow_ring_put(grow->asks, &message);
     winnow_grow_step(grow, 0);

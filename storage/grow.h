@@ -28,10 +28,12 @@ struct winnow_grow {
 /* Owner, before any thread runs. Takes the instance unless it fails. -ENOMEM. */
 int winnow_grow_init(struct winnow_grow *grow, const struct winnow_io_method *method, void *io,
                      int dir_fd, uint64_t file_bytes);
-/* Owner, after the threads ended. -EBUSY: an operation never completed; all is left alone. */
+/* Owner, after the threads ended. Waits for a file under way, 10 s at most; -EBUSY: it never came,
+ * and all is left alone. */
 int winnow_grow_finish(struct winnow_grow *grow);
 
 /* Does what can be done now; returns when to be called again at the latest. */
 int64_t winnow_grow_step(struct winnow_grow *grow, int64_t now_ns);
-/* Owner, before any thread runs: makes one file and waits for it. -ENOSPC, -EIO, -ETIMEDOUT. */
-int winnow_grow_now(struct winnow_grow *grow, uint32_t file_no, int64_t deadline_ns);
+/* Owner, before any thread runs: makes one file and waits for it, 10 s at most. -ENOSPC, -EIO,
+ * -ETIMEDOUT, -errno. */
+int winnow_grow_now(struct winnow_grow *grow, uint32_t file_no);

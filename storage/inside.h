@@ -55,10 +55,9 @@ struct winnow_store {
     struct winnow_store_facts facts;
 
     pthread_t io_thread, sync_thread;
+    pthread_mutex_t stop_lock; /* held from setting stop to the end of the wake-ups */
     _Atomic bool stop;
     bool started, io_leaked;
-    _Atomic int64_t
-        now_ns; /* the latest that step was told; the clock of a store without threads */
 };
 
 /* Where a block is. */

@@ -64,6 +64,7 @@ struct winnow_io_method {
     uint32_t (*submit)(void *io, const struct winnow_io_op *op, uint32_t n_ops);
     uint32_t (*poll)(void *io, struct winnow_io_done *done, uint32_t n_done_max);
     int (*wait)(void *io, int64_t deadline_ns);
+    int64_t (*now)(void *io); /* the clock that `wait` obeys */
     void (*wake)(void *io);
     int (*close)(void *io);
 

@@ -1,5 +1,6 @@
 #include <base/alloc.h>
 #include <base/assert.h>
+#include <base/clock.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -127,4 +128,10 @@ int winnow_io_files_dir_sync(void *io)
 {
     struct winnow_io_files *files = io;
     return fsync(files->dir_fd) < 0 ? -errno : 0;
+}
+
+int64_t winnow_io_files_now(void *io)
+{
+    (void)io;
+    return winnow_clock_now_ns();
 }

@@ -25,3 +25,4 @@ int winnow_io_files_list(void *io, void (*each)(void *arg, const char *name), vo
 int winnow_io_files_rename(void *io, const char *from, const char *to);
 int winnow_io_files_unlink(void *io, const char *name);
 int winnow_io_files_dir_sync(void *io);
+int64_t winnow_io_files_now(void *io); /* real time */

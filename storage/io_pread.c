@@ -230,6 +230,7 @@ const struct winnow_io_method winnow_io_pread = {
     .submit = pread_submit,
     .poll = pread_poll,
     .wait = pread_wait,
+    .now = winnow_io_files_now,
     .wake = pread_wake,
     .close = pread_close,
     .file_open = winnow_io_files_open,

@@ -374,6 +374,12 @@ static int sim_wait(void *arg, int64_t deadline_ns)
     return ends ? 0 : -ETIMEDOUT;
 }
 
+static int64_t sim_now(void *arg)
+{
+    const struct sim_io *io = arg;
+    return io->disk->now_ns;
+}
+
 static void sim_wake(void *arg)
 {
     struct sim_io *io = arg;
@@ -534,6 +540,7 @@ const struct winnow_io_method winnow_io_sim = {
     .submit = sim_submit,
     .poll = sim_poll,
     .wait = sim_wait,
+    .now = sim_now,
     .wake = sim_wake,
     .close = sim_close,
     .file_open = sim_file_open,

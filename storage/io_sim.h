@@ -11,10 +11,11 @@
  *   winnow_store_open(&options, &store, text);              // no winnow_store_start
  *   winnow_sim_disk_fail(disk, WINNOW_IO_READ, 3, 1, WINNOW_SIM_EIO); // the third read from here
  *   winnow_store_read(store, ...);
- *   while (!winnow_store_poll(store, &done, 1)) {
+ *   for (;;) {
  *       int64_t now_ns = winnow_sim_disk_now(disk);
  *       int64_t next_ns = winnow_store_step(store, now_ns);
  *       int64_t sync_ns = winnow_store_sync_step(store, now_ns);
+ *       ... winnow_store_poll, and what the caller does at this time; step again if it asked ...
  *       ... the earliest of next_ns, sync_ns, winnow_sim_disk_next(disk) and other events ...
  *       winnow_sim_disk_now_set(disk, earliest_ns);
  *   }

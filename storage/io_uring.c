@@ -377,6 +377,7 @@ const struct winnow_io_method winnow_io_uring = {
     .submit = uring_submit,
     .poll = uring_poll,
     .wait = uring_wait,
+    .now = winnow_io_files_now,
     .wake = uring_wake,
     .close = uring_close,
     .file_open = uring_file_open,

@@ -29,6 +29,9 @@ static const uint64_t data_file_bytes_min = UINT64_C(64) << 20;
 static const uint64_t data_file_bytes_max = UINT64_C(1) << 30;
 static const int64_t drain_ns = 10 * WINNOW_NS_PER_S;
 
+/* A store whose open met a disk that does not answer: nobody's, and not to be freed. */
+static struct winnow_store *left_to_kernel;
+
 __attribute__((format(printf, 3, 4))) static int refuse(int rc, char text[256], const char *format,
                                                         ...)
 {
@@ -197,7 +200,7 @@ static int file_keep(struct winnow_store *store, uint32_t file_no)
         return rc;
     grow->method->file_close(grow->io, file_idx);
     if (n_bytes == store->data_file_bytes)
-        rc = winnow_grow_now(grow, file_no, winnow_clock_now_ns() + drain_ns);
+        rc = winnow_grow_now(grow, file_no);
     else
         rc = grow->method->unlink(grow->io, name);
     if (rc == -ENOSPC) /* it was sparse: gone, and its place is free */
@@ -212,7 +215,7 @@ static int file_keep(struct winnow_store *store, uint32_t file_no)
 
 static int first_file_make(struct winnow_store *store, char text[256])
 {
-    int rc = winnow_grow_now(&store->grow, 0, winnow_clock_now_ns() + drain_ns);
+    int rc = winnow_grow_now(&store->grow, 0);
     if (!rc)
         rc = winnow_dispatch_file_open(&store->dispatch, 0);
     if (!rc)
@@ -255,6 +258,7 @@ static void store_free(struct winnow_store *store)
     winnow_alloc_free(store->file_made);
     winnow_pool_destroy(store->stored);
     winnow_grains_finish(&store->grains);
+    pthread_mutex_destroy(&store->stop_lock);
     winnow_alloc_free(store);
 }
 
@@ -268,6 +272,7 @@ int winnow_store_open(const struct winnow_store_options *options, struct winnow_
     if (!store)
         return refuse(-ENOMEM, text, "store: out of memory");
     store->dir.fd = store->dir.lock_fd = -1;
+    pthread_mutex_init(&store->stop_lock, NULL);
     int rc = sizes_check(store, options, text);
     if (!rc && !(options->method && options->method->virtual_dir))
         rc = winnow_dir_open(&store->dir, options->dir, text);
@@ -279,7 +284,8 @@ int winnow_store_open(const struct winnow_store_options *options, struct winnow_
     if (!rc)
         rc = files_take(store, text);
     if (rc < 0) {
-        winnow_store_close(store);
+        if (winnow_store_close(store) == -EBUSY)
+            left_to_kernel = store;
         return rc;
     }
     *ret_store = store;
@@ -288,7 +294,6 @@ int winnow_store_open(const struct winnow_store_options *options, struct winnow_
 
 int64_t winnow_store_step(struct winnow_store *store, int64_t now_ns)
 {
-    atomic_store_explicit(&store->now_ns, now_ns, memory_order_relaxed);
     return winnow_dispatch_step(&store->dispatch, now_ns);
 }
 
@@ -297,19 +302,17 @@ int64_t winnow_store_sync_step(struct winnow_store *store, int64_t now_ns)
     return winnow_grow_step(&store->grow, now_ns);
 }
 
-/* Ends what is in flight, for ten seconds of the caller's clock. True: nothing is left. */
-static bool drain(struct winnow_dispatch *dispatch, int64_t now_ns, bool real)
+/* Ends what is in flight within ten seconds, then the instance. The thread that submitted calls. */
+static int io_close(struct winnow_dispatch *dispatch)
 {
-    int64_t until_ns = now_ns + drain_ns;
-    while (!winnow_dispatch_drain(dispatch, now_ns)) {
-        if (now_ns >= until_ns)
-            return false;
-        if (dispatch->method->wait(dispatch->io, until_ns) == -ETIMEDOUT)
-            now_ns = until_ns;
-        else if (real)
-            now_ns = winnow_clock_now_ns();
-    }
-    return true;
+    const struct winnow_io_method *method = dispatch->method;
+    int64_t until_ns = method->now(dispatch->io) + drain_ns;
+    while (!winnow_dispatch_drain(dispatch, method->now(dispatch->io)))
+        if (method->now(dispatch->io) >= until_ns)
+            return -EBUSY;
+        else
+            method->wait(dispatch->io, until_ns);
+    return winnow_dispatch_close(dispatch);
 }
 
 static void *io_thread(void *arg)
@@ -322,8 +325,9 @@ static void *io_thread(void *arg)
         if (next_ns > now_ns && !atomic_load(&store->stop))
             dispatch->method->wait(dispatch->io, next_ns);
     }
-    store->io_leaked =
-        !drain(dispatch, winnow_clock_now_ns(), true) || winnow_dispatch_close(dispatch) < 0;
+    pthread_mutex_lock(&store->stop_lock); /* until the wake-up that told of it has returned */
+    pthread_mutex_unlock(&store->stop_lock);
+    store->io_leaked = io_close(dispatch) < 0;
     return NULL;
 }
 
@@ -331,12 +335,22 @@ static void *sync_thread(void *arg)
 {
     struct winnow_store *store = arg;
     struct winnow_grow *grow = &store->grow;
-    while (!atomic_load(&store->stop) || grow->state != WINNOW_GROW_IDLE) {
+    while (!atomic_load(&store->stop)) {
         int64_t next_ns = winnow_grow_step(grow, winnow_clock_now_ns());
         if (!atomic_load(&store->stop))
             grow->method->wait(grow->io, next_ns);
     }
     return NULL;
+}
+
+/* With the lock: the I/O thread frees what is woken here. */
+static void threads_stop(struct winnow_store *store)
+{
+    pthread_mutex_lock(&store->stop_lock);
+    atomic_store(&store->stop, true);
+    store->dispatch.method->wake(store->dispatch.io);
+    store->grow.method->wake(store->grow.io);
+    pthread_mutex_unlock(&store->stop_lock);
 }
 
 int winnow_store_start(struct winnow_store *store)
@@ -345,14 +359,10 @@ int winnow_store_start(struct winnow_store *store)
     sigset_t all, old;
     sigfillset(&all); /* signals are the main thread's */
     pthread_sigmask(SIG_SETMASK, &all, &old);
-    int rc = pthread_create(&store->io_thread, NULL, io_thread, store);
-    if (!rc) {
-        rc = pthread_create(&store->sync_thread, NULL, sync_thread, store);
-        if (rc) {
-            atomic_store(&store->stop, true);
-            store->dispatch.method->wake(store->dispatch.io);
-            pthread_join(store->io_thread, NULL);
-        }
+    int rc = pthread_create(&store->sync_thread, NULL, sync_thread, store);
+    if (!rc && (rc = pthread_create(&store->io_thread, NULL, io_thread, store))) {
+        threads_stop(store);
+        pthread_join(store->sync_thread, NULL);
     }
     pthread_sigmask(SIG_SETMASK, &old, NULL);
     if (rc)
@@ -368,14 +378,12 @@ int winnow_store_close(struct winnow_store *store)
     if (!store)
         return 0;
     if (store->started) {
-        atomic_store(&store->stop, true);
-        store->dispatch.method->wake(store->dispatch.io);
-        store->grow.method->wake(store->grow.io);
+        store->started = false;
+        threads_stop(store);
         pthread_join(store->io_thread, NULL);
         pthread_join(store->sync_thread, NULL);
     } else if (store->dispatch.io) {
-        store->io_leaked = !drain(&store->dispatch, atomic_load(&store->now_ns), false) ||
-                           winnow_dispatch_close(&store->dispatch) < 0;
+        store->io_leaked = io_close(&store->dispatch) < 0;
     }
     if (store->io_leaked || winnow_grow_finish(&store->grow) == -EBUSY)
         return -EBUSY; /* the kernel may still touch what the store holds */

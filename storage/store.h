@@ -61,14 +61,16 @@ struct winnow_stored; /* a segment's place on disk */
  *   -ENOTSUP  the directory holds files of a newer format (SUPER) or of strangers: untouched
  *   -EINVAL   disk_cap below 2 data files, or a bad io_method
  *   -ENOSPC   the file system has less than the first data file
- *   -ENOMEM -EIO
+ *   -ETIMEDOUT  the disk did not answer within 10 s
+ *   -ENOMEM -EIO -errno
  */
 int winnow_store_open(const struct winnow_store_options *options, struct winnow_store **ret_store,
                       char text[256]);
 int winnow_store_start(struct winnow_store *store); /* I/O and sync threads; -EAGAIN */
 /* Drains for at most 10 s, stops the threads, closes. NULL is fine. 0, or
  *   -EBUSY  operations never completed: the store and the memory they were given (the arena) are the
- *           kernel's and must not be freed or reused while the process lives */
+ *           kernel's and must not be freed or reused while the process lives (without threads the
+ *           call may be tried again) */
 int winnow_store_close(struct winnow_store *store);
 
 /*
@@ -100,7 +102,8 @@ int winnow_store_read(struct winnow_store *store, const struct winnow_store_read
 /*
  * Writes blocks [block_idx, + n_blocks) of one layer from contiguous memory, which stays the
  * store's until done. Sums are taken from it before the write. On done with result 0 the blocks may
- * be read. A write that fails is retried elsewhere once. -EAGAIN as above.
+ * be read. A write that fails is retried elsewhere once. -EAGAIN as above; -EIO: writes are refused after
+ * errors (facts.degraded).
  */
 int winnow_store_write(struct winnow_store *store, struct winnow_stored *stored, uint32_t block_idx,
                        uint32_t n_blocks, const void *data, uint64_t tag);

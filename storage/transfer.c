@@ -104,6 +104,8 @@ int winnow_store_write(struct winnow_store *store, struct winnow_stored *stored,
     winnow_assert(!stored->dropped && n_blocks > 0);
     winnow_assert(n_blocks <= stored->n_blocks && block_idx <= stored->n_blocks - n_blocks);
     winnow_assert((uintptr_t)data % WINNOW_PAGE_BYTES == 0);
+    if (store->facts.degraded)
+        return -EIO;
     if (n_blocks > store->n_free_requests)
         return -EAGAIN;
     uint8_t *bytes = (uint8_t *)(uintptr_t)data;
@@ -146,7 +148,7 @@ static bool piece_moved(struct winnow_store *store, struct winnow_io_request *pi
     if (piece->result == 0 || piece->result == -ECANCELED)
         return false;
     write_error_count(store, piece->done_ns);
-    if (piece->moved || store->facts.degraded ||
+    if (piece->moved || piece->stored->dropped || store->facts.degraded ||
         winnow_stored_move(store, piece->stored, piece->block_idx, piece->n_blocks) < 0)
         return false;
     struct winnow_place place = winnow_stored_place(store, piece->stored, piece->block_idx);

@@ -24,7 +24,6 @@ struct winnow_step {
     uint32_t layer, n_items, n_parts;
     uint64_t seq;
     int64_t deadline_ns;
-    bool want_lse;
     winnow_attend_item *items; /* borrowed until wait */
 };
 
@@ -97,10 +96,10 @@ static uint32_t part_end(const struct winnow_step *step, uint32_t first)
     return end;
 }
 
-static uint32_t item_flags(const struct winnow_step *step, const winnow_attend_item *item)
+static uint32_t item_flags(const winnow_attend_item *item)
 {
     uint32_t flags = item->k ? WINNOW_WIRE_HAS_KV : 0;
-    if (step->want_lse)
+    if (item->lse)
         flags |= WINNOW_WIRE_WANT_LSE;
     if (item->flags & WINNOW_ITEM_EXACT_ALL)
         flags |= WINNOW_WIRE_EXACT;
@@ -129,8 +128,7 @@ static int part_init(struct part *part, struct winnow_wire_arena *arena, uint32_
     return part->item && part->list && part->tensor ? 0 : -ENOMEM;
 }
 
-static void part_add(struct part *part, const struct winnow_step *step,
-                     const winnow_attend_item *from)
+static void part_add(struct part *part, const winnow_attend_item *from)
 {
     const struct winnow_session *session = from->session;
     Winnow__V1__AttendItem *item = &part->item[part->n_items];
@@ -138,7 +136,7 @@ static void part_add(struct part *part, const struct winnow_step *step,
     item->session = session->id;
     item->position = from->position;
     item->epoch = session->epoch;
-    item->flags = item_flags(step, from);
+    item->flags = item_flags(from);
     item->mass = from->mass;
     item->n_blocks_max = from->n_blocks_max;
     part->list[part->n_items++] = item;
@@ -157,7 +155,7 @@ static int step_send_part(struct winnow_step *step, uint32_t part_idx, uint32_t 
     if (rc < 0)
         return rc;
     for (uint32_t i = first; i < end; i++)
-        part_add(&part, step, &step->items[i]);
+        part_add(&part, &step->items[i]);
 
     Winnow__V1__AttendRequest request = WINNOW__V1__ATTEND_REQUEST__INIT;
     if (!step->greeted)
@@ -306,9 +304,6 @@ int winnow_attend_submit(winnow_client *client, uint32_t layer, winnow_attend_it
     step->n_items = n_items;
     step->deadline_ns = deadline_ns;
     step->seq = atomic_fetch_add(&client->seq, 1) + 1;
-    step->want_lse = false;
-    for (uint32_t i = 0; i < n_items; i++)
-        step->want_lse |= items[i].lse != NULL;
     step->n_parts = count_parts(step);
     rc = step_send(step);
     if (rc < 0) {
@@ -355,7 +350,7 @@ static int reply_take(struct winnow_step *step, const Winnow__V1__AttendReply *r
     uint32_t n_here = first < step->n_items ? part_end(step, first) - first : 0;
     const struct winnow_session *session = step->items[0].session;
     size_t out_bytes = n_here * session->out_bytes;
-    size_t lse_bytes = step->want_lse ? n_here * session->lse_bytes : 0;
+    size_t lse_bytes = n_here * session->lse_bytes; /* there, asked for or not */
     if (reply->seq != step->seq || !n_here || reply->n_results != n_here ||
         tensor->iov_len != out_bytes + lse_bytes)
         return winnow_error_set(-EPROTO,

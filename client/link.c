@@ -12,7 +12,8 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#define LEASE_POLL_NS (10 * WINNOW_NS_PER_MS)
+#define LEASE_POLL_NS   (10 * WINNOW_NS_PER_MS)
+#define LIMIT_BYTES_MIN 4096 /* below it a daemon is not taken at its word */
 
 /* ---- messages ---- */
 
@@ -115,7 +116,8 @@ static void link_take_limits(struct winnow_link *link, const Winnow__V1__InfoRep
                  {"window_bytes", &link->window_bytes}};
     for (size_t i = 0; i < info->n_limits; i++)
         for (size_t j = 0; j < sizeof known / sizeof *known; j++)
-            if (!strcmp(info->limits[i]->name, known[j].name) && info->limits[i]->value > 0 &&
+            if (!strcmp(info->limits[i]->name, known[j].name) &&
+                info->limits[i]->value >= LIMIT_BYTES_MIN &&
                 info->limits[i]->value < *known[j].value)
                 *known[j].value = info->limits[i]->value;
 }

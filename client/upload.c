@@ -298,13 +298,15 @@ static int window_run(struct upload *upload, const struct window *window)
     return rc;
 }
 
-/* Tokens that one window may have: their q, k, v and out are in the daemon's memory at once. */
+/* Tokens that one window may have: their q, k, v, out and lse are in the daemon's memory at once,
+ * each of the five padded there. */
 static uint32_t window_tokens(const struct upload *upload)
 {
     const struct winnow_session *session = upload->session;
     size_t token_bytes = session->q_bytes + session->out_bytes + session->k_bytes +
                          session->v_bytes + session->lse_bytes;
-    uint64_t n_tokens = upload->link->window_bytes / token_bytes;
+    const uint64_t padding_bytes = 5 * 64;
+    uint64_t n_tokens = (upload->link->window_bytes - padding_bytes) / token_bytes;
     return n_tokens > UINT32_MAX ? UINT32_MAX : n_tokens ? (uint32_t)n_tokens : 1;
 }
 

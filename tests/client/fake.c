@@ -307,9 +307,8 @@ static void attend_reply(struct fake_call *call, const Winnow__V1__AttendRequest
         n_bytes += fake->q_bytes;
         from_bytes += fake->q_bytes + (item->flags & WINNOW_WIRE_HAS_KV ? fake->kv_bytes : 0);
     }
-    if (request->items[0]->flags & WINNOW_WIRE_WANT_LSE)
-        for (size_t i = 0; i < request->n_items * fake->lse_bytes / 4; i++, n_bytes += 4)
-            memcpy(data + n_bytes, &(float){0.5F}, 4);
+    for (size_t i = 0; i < request->n_items * fake->lse_bytes / 4; i++, n_bytes += 4)
+        memcpy(data + n_bytes, &(float){0.5F}, 4);
     call_send(call, &reply, data, is_script(call, FAKE_SHORT_DATA) ? n_bytes - 1 : n_bytes);
 }
 

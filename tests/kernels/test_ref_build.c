@@ -81,6 +81,26 @@ static void test_build__cuts_along_the_widest_direction(void)
     fixture_segment_finish(&segment);
 }
 
+/* Of three blocks the left half gets two, and cuts them along its own widest direction. */
+static void test_build__left_half_is_the_larger(void)
+{
+    struct fixture_segment segment;
+    struct winnow_model_shape shape = fixture_shape(1, 16, 16, WINNOW_FP16);
+
+    fixture_segment_init(&segment, &shape, 3);
+    for (uint32_t t = 0; t < 48; t++) {
+        segment.k[t * 16 + 3] = (float)t;
+        segment.k[t * 16 + 8] = t >= 32 ? 0 : t % 2 ? 10 : -10;
+    }
+    CHECK_EQ(fixture_segment_build(&segment), 0);
+    for (uint32_t j = 0; j < 16; j++) {
+        CHECK_EQ(segment.order[j] % 2, segment.order[0] % 2);
+        CHECK_EQ(segment.order[16 + j] % 2, 1 - segment.order[0] % 2);
+        CHECK_EQ(segment.order[32 + j], 32 + j);
+    }
+    fixture_segment_finish(&segment);
+}
+
 /* Blocks of clustered keys vary less than runs of positions: the reason for building them. */
 static void test_build__blocks_are_closer_than_positions(void)
 {
@@ -240,6 +260,7 @@ int main(int argc, char **argv)
     TEST_RUN(test_build__order_is_a_permutation);
     TEST_RUN(test_build__equal_keys_stay_in_order);
     TEST_RUN(test_build__cuts_along_the_widest_direction);
+    TEST_RUN(test_build__left_half_is_the_larger);
     TEST_RUN(test_build__blocks_are_closer_than_positions);
     TEST_RUN(test_index__codes_round_trip);
     TEST_RUN(test_index__tells_of_its_members);

@@ -180,7 +180,7 @@ static int step_send(struct winnow_step *step)
         uint32_t end = part_end(step, first);
         int rc = step_send_part(step, part_idx, first, end);
         if (!rc && end < step->n_items)
-            rc = winnow_call_wait(step->call, step->deadline_ns, NULL, NULL);
+            rc = winnow_call_wait(step->call, step->deadline_ns + WINNOW_GRACE_NS, NULL, NULL);
         if (rc < 0)
             return rc;
         first = end;
@@ -375,7 +375,7 @@ static int step_receive(struct winnow_step *step)
         struct iovec tensor;
         int rc = part ? winnow_call_start(step->call, WINNOW_CALL_RECEIVE, NULL, 0) : 0;
         if (!rc)
-            rc = winnow_call_wait(step->call, step->deadline_ns, &data, &n_bytes);
+            rc = winnow_call_wait(step->call, step->deadline_ns + WINNOW_GRACE_NS, &data, &n_bytes);
         if (rc < 0 || !data)
             return rc < 0 ? rc : -EPIPE;
         winnow_wire_arena_reset(step->arena);

@@ -23,6 +23,7 @@
 #define PROBE_ANSWER_NS (250 * WINNOW_NS_PER_MS)
 #define TEND_NS         WINNOW_NS_PER_S
 #define BREAKER_NS      WINNOW_NS_PER_S
+#define DEADLINE_NS_MAX (86400 * WINNOW_NS_PER_S) /* so that sums of times do not overflow */
 
 const char *winnow_version(void)
 {
@@ -41,6 +42,8 @@ int winnow_client_begin(struct winnow_client *client, uint64_t generation, int64
     int64_t now_ns = winnow_clock_now_ns();
     if (!*deadline_ns)
         *deadline_ns = now_ns + default_ns;
+    if (*deadline_ns > now_ns + DEADLINE_NS_MAX)
+        *deadline_ns = now_ns + DEADLINE_NS_MAX;
     if (!client)
         return winnow_error_set(-EINVAL, "client is NULL");
     if (winnow_rpc_forked())

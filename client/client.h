@@ -38,6 +38,10 @@ struct winnow_session {
     uint64_t held[];                                        /* [model.layers] */
 };
 
+/* Waits for an answer outlast the deadline by this much: the daemon, told the deadline, says more
+ * about its passing than we know, and a word from it is no sign of its silence (the breaker's). */
+#define WINNOW_GRACE_NS (20 * WINNOW_NS_PER_MS)
+
 #define WINNOW_DEFAULT_CONTROL_NS (5 * WINNOW_NS_PER_S)
 #define WINNOW_DEFAULT_ATTEND_NS  (2 * WINNOW_NS_PER_S)
 #define WINNOW_DEFAULT_APPEND_NS  (10 * WINNOW_NS_PER_S)

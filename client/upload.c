@@ -14,12 +14,13 @@ struct upload {
     struct winnow_session *session;
     struct winnow_link *link;
     struct winnow_call *call;
-    int64_t deadline_ns;
+    int64_t deadline_ns; /* what the daemon is told */
+    int64_t wait_ns;     /* until when we wait: the grace included */
 };
 
 static int upload_open(struct upload *upload, const char *method)
 {
-    int rc = winnow_call_open(upload->link->bulk, method, upload->deadline_ns, &upload->call);
+    int rc = winnow_call_open(upload->link->bulk, method, upload->wait_ns, &upload->call);
     return rc < 0 ? winnow_error_set(rc, "out of memory") : 0;
 }
 
@@ -27,7 +28,7 @@ static int upload_send(struct upload *upload, const void *message, const struct 
                        uint32_t n_tensor, uint32_t last)
 {
     int rc = winnow_message_start(upload->call, WINNOW_CALL_SEND | last, message, tensor, n_tensor);
-    return rc < 0 ? rc : winnow_call_wait(upload->call, upload->deadline_ns, NULL, NULL);
+    return rc < 0 ? rc : winnow_call_wait(upload->call, upload->wait_ns, NULL, NULL);
 }
 
 /* Ends the call. `error` is what the sending or receiving met (0: nothing); the daemon's word on
@@ -38,7 +39,7 @@ static int upload_end(struct upload *upload, int error)
     if (!upload->call)
         return error;
     bool broke = error == -EPIPE || error == -ETIMEDOUT;
-    winnow_call_finish(upload->call, upload->deadline_ns, error && !broke ? NULL : &status);
+    winnow_call_finish(upload->call, upload->wait_ns, error && !broke ? NULL : &status);
     if (error && !broke)
         return error;
     if (!status.error && broke)
@@ -75,6 +76,7 @@ static int upload_begin(struct upload *upload, struct winnow_session *session, i
                                  default_ns, &upload->link);
     if (rc < 0)
         return rc;
+    upload->wait_ns = upload->deadline_ns + WINNOW_GRACE_NS;
     size_t kv_bytes = session->k_bytes + session->v_bytes;
     size_t token_bytes = kv_bytes > session->q_bytes ? kv_bytes : session->q_bytes;
     if (token_bytes <= upload->link->chunk_bytes)
@@ -134,7 +136,7 @@ static int upload_receive(struct upload *upload, struct winnow_wire_arena *arena
     *ret_message = NULL;
     int rc = winnow_call_start(upload->call, WINNOW_CALL_RECEIVE, NULL, 0);
     if (!rc)
-        rc = winnow_call_wait(upload->call, upload->deadline_ns, &data, &n_bytes);
+        rc = winnow_call_wait(upload->call, upload->wait_ns, &data, &n_bytes);
     if (rc < 0 || !data)
         return rc;
     winnow_wire_arena_reset(arena);

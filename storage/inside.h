@@ -58,6 +58,7 @@ struct winnow_store {
     pthread_mutex_t stop_lock; /* held from setting stop to the end of the wake-ups */
     _Atomic bool stop;
     bool started, io_leaked;
+    struct winnow_store *next_left; /* list of those left to the kernel */
 };
 
 /* Where a block is. */

@@ -29,7 +29,7 @@ static const uint64_t data_file_bytes_min = UINT64_C(64) << 20;
 static const uint64_t data_file_bytes_max = UINT64_C(1) << 30;
 static const int64_t drain_ns = 10 * WINNOW_NS_PER_S;
 
-/* A store whose open met a disk that does not answer: nobody's, and not to be freed. */
+/* Stores whose open met a disk that does not answer: nobody's, and not to be freed. */
 static struct winnow_store *left_to_kernel;
 
 __attribute__((format(printf, 3, 4))) static int refuse(int rc, char text[256], const char *format,
@@ -284,8 +284,10 @@ int winnow_store_open(const struct winnow_store_options *options, struct winnow_
     if (!rc)
         rc = files_take(store, text);
     if (rc < 0) {
-        if (winnow_store_close(store) == -EBUSY)
+        if (winnow_store_close(store) == -EBUSY) {
+            store->next_left = left_to_kernel;
             left_to_kernel = store;
+        }
         return rc;
     }
     *ret_store = store;

@@ -161,14 +161,17 @@ static void on_info(struct fake_call *call)
     uint8_t boot_id[WINNOW_WIRE_ID_BYTES];
     memset(boot_id, call->fake->boot, sizeof boot_id);
     call_receive(call, &winnow__v1__info_request__descriptor, &message);
-    Winnow__V1__Limit limit = WINNOW__V1__LIMIT__INIT, *limits[] = {&limit};
-    limit.name = "window_bytes";
-    limit.value = 64 << 10;
+    Winnow__V1__Limit window = WINNOW__V1__LIMIT__INIT, attend = WINNOW__V1__LIMIT__INIT;
+    Winnow__V1__Limit *limits[] = {&window, &attend};
+    window.name = "window_bytes";
+    window.value = 64 << 10;
+    attend.name = "attend_bytes";
+    attend.value = 128 << 10;
     Winnow__V1__InfoReply reply = WINNOW__V1__INFO_REPLY__INIT;
     reply.proto = is_script(call, FAKE_OTHER_PROTO) ? 9 : WINNOW_WIRE_PROTO;
     reply.boot_id = (ProtobufCBinaryData){sizeof boot_id, boot_id};
     reply.build = (char *)"fake";
-    reply.n_limits = 1;
+    reply.n_limits = 2;
     reply.limits = limits;
     call_reply(call, &reply);
 }
@@ -196,7 +199,7 @@ static void on_open_session(struct fake_call *call)
     if (!call_receive(call, &winnow__v1__open_session_request__descriptor, &message))
         return;
     if (is_script(call, FAKE_REFUSED)) {
-        call_end(call, GRPC_STATUS_RESOURCE_EXHAUSTED, EDQUOT, "host_pool: no room", 0);
+        call_end(call, GRPC_STATUS_RESOURCE_EXHAUSTED, ENOSPC, "host_pool: no room", 0);
         return;
     }
     const Winnow__V1__OpenSessionRequest *request = message.message;

@@ -20,7 +20,7 @@ enum fake_script {
     FAKE_GARBAGE,      /* Attend, Truncate: bytes that are no message */
     FAKE_ITEM_LOST,    /* Attend: every item -ENODATA, truncate_to 48 */
     FAKE_LOST,         /* AttendExact: DATA_LOSS, truncate_to 80 */
-    FAKE_REFUSED,      /* OpenSession: RESOURCE_EXHAUSTED, reason EDQUOT */
+    FAKE_REFUSED,      /* OpenSession: RESOURCE_EXHAUSTED, whose reason ENOSPC decides */
     FAKE_OTHER_PROTO,  /* Info: a version from the future */
     FAKE_END_OF_LEASE, /* Lease: ends at once */
 };

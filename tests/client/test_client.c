@@ -171,7 +171,7 @@ static void test_attend__large_step_goes_in_parts(void)
         CHECK_EQ(item[i].certificate.bytes_read, i);
         CHECK(!memcmp(step[i].out, step[i].q, sizeof step[i].q));
     }
-    CHECK_EQ(fake_n_messages(fake), 4);
+    CHECK_EQ(fake_n_messages(fake), 8); /* 1 KiB an item, 128 KiB a message */
     free(item);
     free(step);
     winnow_session_close(session);
@@ -309,7 +309,7 @@ static void test_session__refusal_keeps_reason_and_text(void)
     winnow_session_options options = session_options();
     winnow_session *session = NULL;
     fake_set_script(fake, FAKE_REFUSED);
-    CHECK_EQ(winnow_session_open(client, &options, &session, 0), -EDQUOT);
+    CHECK_EQ(winnow_session_open(client, &options, &session, 0), -ENOSPC);
     CHECK(session == NULL);
     CHECK_STR(winnow_error_text(), "host_pool: no room");
     options.model.kv_heads = 3;
@@ -346,7 +346,10 @@ static void test_client__silence_ends_at_the_deadline(void)
     while ((rc = winnow_attend(client, 0, &item, 1, 0)) == -EHOSTDOWN)
         CHECK(winnow_clock_now_ns() < give_up_ns);
     CHECK_EQ(rc, 0);
-    CHECK_EQ(winnow_attend(client, 0, &item, 1, 1), -ETIMEDOUT);
+    /* A deadline that has passed is the caller's doing, not the daemon's. */
+    for (uint32_t i = 0; i < 5; i++)
+        CHECK_EQ(winnow_attend(client, 0, &item, 1, 1), -ETIMEDOUT);
+    CHECK_EQ(winnow_attend(client, 0, &item, 1, 0), 0);
     winnow_session_close(session);
     winnow_client_close(client);
     fake_kill(fake);

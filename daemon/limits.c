@@ -147,11 +147,11 @@ void winnow_limits_plan(const struct winnow_config *config, const struct winnow_
 
     char value[24], limit[24], fits[24];
     if (limits->disk_cap_bytes > machine->disk_free_bytes && machine->disk_bytes)
-        winnow_complain(complaints, "disk_cap %s exceeds the %s free. from: %s. hint: %s fits",
-                        winnow_size_text(limits->disk_cap_bytes, value),
-                        winnow_size_text(machine->disk_free_bytes, limit),
-                        ORIGIN(origins, disk_cap_bytes),
-                        winnow_size_text(machine->disk_free_bytes / 20 * 19, fits));
+        winnow_complain(
+            complaints, "disk_cap %s exceeds the %s free. from: %s. hint: %s fits",
+            winnow_size_text(limits->disk_cap_bytes, value),
+            winnow_size_text(machine->disk_free_bytes, limit), ORIGIN(origins, disk_cap_bytes),
+            winnow_size_typed(machine->disk_free_bytes / 20 * 19 & ~(64 * MIB - 1), fits));
 }
 
 static uint64_t sum_before_margin(const struct winnow_limits *limits)
@@ -175,10 +175,13 @@ void winnow_limits_check_sum(const struct winnow_limits *limits,
     uint64_t sum = winnow_limits_sum_bytes(limits);
     if (sum <= most)
         return;
-    uint64_t caps = limits->host_pool_bytes + limits->index_memory_bytes;
-    uint64_t rest = (sum_before_margin(limits) - caps) / 10 * 11;
-    uint64_t room = most > rest ? (most - rest) / 11 * 10 : 0;
-    uint64_t fits = (uint64_t)((double)room * (double)limits->host_pool_bytes / (double)caps);
+    /* index_memory by default is half of the pool; one that was given stays as it is. */
+    bool is_index_given = strcmp(ORIGIN(origins, index_memory_bytes), "default");
+    uint64_t fixed = sum_before_margin(limits) - limits->host_pool_bytes -
+                     (is_index_given ? 0 : limits->index_memory_bytes);
+    uint64_t room = most / 11 * 10 > fixed ? most / 11 * 10 - fixed : 0;
+    uint64_t fits = is_index_given ? room : room / 3 * 2;
+    fits &= ~(fits > GIB ? 64 * MIB - 1 : MIB - 1);
     char pool[24], index[24], all[24], limit[24], hint[24];
     winnow_complain(complaints,
                     "host_pool %s and index_memory %s need %s with all else, this %s %s. from: "
@@ -186,7 +189,7 @@ void winnow_limits_check_sum(const struct winnow_limits *limits,
                     winnow_size_text(limits->host_pool_bytes, pool),
                     winnow_size_text(limits->index_memory_bytes, index), winnow_size_text(sum, all),
                     is_cgroup ? "cgroup allows" : "machine has", winnow_size_text(most, limit),
-                    ORIGIN(origins, host_pool_bytes), winnow_size_text(fits & ~(MIB - 1), hint));
+                    ORIGIN(origins, host_pool_bytes), winnow_size_typed(fits, hint));
 }
 
 void winnow_limits_print(const struct winnow_limits *limits, const struct winnow_config *config,

@@ -138,6 +138,16 @@ const char *winnow_size_text(uint64_t n_bytes, char text[24])
     return text;
 }
 
+const char *winnow_size_typed(uint64_t n_bytes, char text[24])
+{
+    static const char *const unit[] = {"", "KiB", "MiB", "GiB", "TiB"};
+    uint32_t i = 0;
+    for (; i < 4 && n_bytes && n_bytes % 1024 == 0; i++)
+        n_bytes /= 1024;
+    snprintf(text, 24, "%ju%s", (uintmax_t)n_bytes, unit[i]);
+    return text;
+}
+
 static int set_number(const struct winnow_option *option, const char *value, uint64_t *ret_number,
                       char text[160])
 {

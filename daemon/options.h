@@ -72,6 +72,8 @@ int winnow_option_set(const struct winnow_option *option, const char *value,
 int winnow_size_parse(const char *text, uint64_t *ret_bytes);
 /* Bytes as people read them ("48 MiB", "1.5 GiB"); returns text. */
 const char *winnow_size_text(uint64_t n_bytes, char text[24]);
+/* The same as it is typed: exact, in the largest unit that divides it ("9728MiB"). */
+const char *winnow_size_typed(uint64_t n_bytes, char text[24]);
 
 void winnow_options_print_help(FILE *file);
 void winnow_options_print_example(FILE *file); /* winnow.conf, all commented out */

@@ -17,11 +17,25 @@ static uint32_t n_words(const struct winnow_grains *grains)
     return (grains->n_files_max * grains->n_per_file + WORD_BITS - 1) / WORD_BITS;
 }
 
-static void bit_set(struct winnow_grains *grains, uint32_t grain)
+static bool bit_test(const uint64_t *bits, uint32_t grain)
 {
-    uint64_t bit = UINT64_C(1) << grain % WORD_BITS;
-    winnow_assert(!(grains->free_bits[grain / WORD_BITS] & bit));
-    grains->free_bits[grain / WORD_BITS] |= bit;
+    return bits[grain / WORD_BITS] >> grain % WORD_BITS & 1;
+}
+
+static void bit_set(uint64_t *bits, uint32_t grain)
+{
+    bits[grain / WORD_BITS] |= UINT64_C(1) << grain % WORD_BITS;
+}
+
+static void bit_clear(uint64_t *bits, uint32_t grain)
+{
+    bits[grain / WORD_BITS] &= ~(UINT64_C(1) << grain % WORD_BITS);
+}
+
+static void free_add(struct winnow_grains *grains, uint32_t grain)
+{
+    winnow_assert(!bit_test(grains->free_bits, grain));
+    bit_set(grains->free_bits, grain);
     grains->n_free++;
 }
 
@@ -34,9 +48,10 @@ int winnow_grains_init(struct winnow_grains *grains, uint32_t n_files_max, uint3
                                      .n_segments_max = n_segments_max,
                                      .run_max = 2 * (n_grains_max + RUN_HEAD * n_segments_max)};
     grains->free_bits = winnow_alloc_array(n_words(grains), sizeof *grains->free_bits);
+    grains->suspect_bits = winnow_alloc_array(n_words(grains), sizeof *grains->suspect_bits);
     grains->run = winnow_alloc_array(grains->run_max, sizeof *grains->run);
     grains->run_of = winnow_alloc_array(n_segments_max, sizeof *grains->run_of);
-    if (!grains->free_bits || !grains->run || !grains->run_of) {
+    if (!grains->free_bits || !grains->suspect_bits || !grains->run || !grains->run_of) {
         winnow_grains_finish(grains);
         return -ENOMEM;
     }
@@ -48,6 +63,7 @@ void winnow_grains_finish(struct winnow_grains *grains)
 {
     winnow_alloc_free(grains->run_of);
     winnow_alloc_free(grains->run);
+    winnow_alloc_free(grains->suspect_bits);
     winnow_alloc_free(grains->free_bits);
     *grains = (struct winnow_grains){0};
 }
@@ -56,7 +72,7 @@ void winnow_grains_add_file(struct winnow_grains *grains, uint32_t file_no)
 {
     winnow_assert(file_no < grains->n_files_max);
     for (uint32_t i = 0; i < grains->n_per_file; i++)
-        bit_set(grains, file_no * grains->n_per_file + i);
+        free_add(grains, file_no * grains->n_per_file + i);
 }
 
 uint32_t winnow_grains_take(struct winnow_grains *grains)
@@ -76,16 +92,22 @@ uint32_t winnow_grains_take(struct winnow_grains *grains)
 void winnow_grains_give(struct winnow_grains *grains, uint32_t grain)
 {
     winnow_assert(grains->n_used > 0);
+    winnow_assert(!bit_test(grains->free_bits, grain));
     grains->n_used--;
-    bit_set(grains, grain);
+    if (bit_test(grains->suspect_bits, grain))
+        grains->n_bad++;
+    else
+        free_add(grains, grain);
 }
 
-void winnow_grains_spoil(struct winnow_grains *grains, uint32_t grain)
+void winnow_grains_suspect(struct winnow_grains *grains, uint32_t grain)
 {
-    winnow_assert(grains->n_used > 0);
-    winnow_assert(!(grains->free_bits[grain / WORD_BITS] >> grain % WORD_BITS & 1));
-    grains->n_used--;
-    grains->n_bad++;
+    bit_set(grains->suspect_bits, grain);
+    if (bit_test(grains->free_bits, grain)) {
+        bit_clear(grains->free_bits, grain);
+        grains->n_free--;
+        grains->n_bad++;
+    }
 }
 
 /* Slides the live runs to the front. */
@@ -124,9 +146,12 @@ int winnow_grains_take_run(struct winnow_grains *grains, uint32_t segment_idx, u
     return 0;
 }
 
-void winnow_grains_drop_run(struct winnow_grains *grains, uint32_t segment_idx)
+void winnow_grains_give_run(struct winnow_grains *grains, uint32_t segment_idx)
 {
     winnow_assert(grains->run_of[segment_idx] != NO_RUN);
+    const uint32_t *run = grains->run + grains->run_of[segment_idx];
+    for (uint32_t i = 0; i < run[1]; i++)
+        winnow_grains_give(grains, run[RUN_HEAD + i]);
     grains->run_of[segment_idx] = NO_RUN;
 }
 
@@ -135,9 +160,4 @@ uint32_t winnow_grains_of(const struct winnow_grains *grains, uint32_t segment_i
     const uint32_t *run = grains->run + grains->run_of[segment_idx];
     winnow_assert(i < run[1]);
     return run[RUN_HEAD + i];
-}
-
-uint32_t winnow_grains_n_of(const struct winnow_grains *grains, uint32_t segment_idx)
-{
-    return grains->run[grains->run_of[segment_idx] + 1];
 }

@@ -15,6 +15,7 @@ enum {
     WINNOW_PIECE_BYTES_MAX = 1 << 20, /* of a write in flight */
     WINNOW_N_MOVES_MAX = 64,
     WINNOW_N_WRITE_ERRORS = 3, /* within 60 s: no more writes */
+    WINNOW_N_READ_ERRORS = 16, /* of a file within 60 s: it takes no more grains */
 };
 
 struct winnow_stored {
@@ -26,10 +27,16 @@ struct winnow_stored {
     _Atomic bool dropped; /* destroyed; the I/O thread reads it */
 };
 
+struct winnow_data_file {
+    bool made;
+    uint32_t n_errors;      /* reads that found no right bytes, since */
+    int64_t errors_from_ns; /* this time */
+};
+
 /* Blocks that were written elsewhere after an error: the same bytes of another grain. */
 struct winnow_move {
     const struct winnow_stored *stored;
-    uint32_t block_idx, n_blocks, from_grain, to_grain;
+    uint32_t block_idx, n_blocks, to_grain;
 };
 
 struct winnow_store {
@@ -45,7 +52,7 @@ struct winnow_store {
 
     uint64_t disk_cap_bytes, data_file_bytes;
     uint32_t n_files, n_files_max;
-    bool *file_made; /* [n_files_max] */
+    struct winnow_data_file *file; /* [n_files_max] */
     bool growing;
     int grow_error; /* of the last try; 0: it worked */
 
@@ -63,7 +70,7 @@ struct winnow_store {
 
 /* Where a block is. */
 struct winnow_place {
-    uint32_t file_no, grain;
+    uint32_t file_no;
     uint64_t offset_bytes;
 };
 struct winnow_place winnow_stored_place(const struct winnow_store *store,
@@ -77,6 +84,8 @@ void winnow_stored_release(struct winnow_store *store, struct winnow_stored *sto
 void winnow_store_grow(struct winnow_store *store);
 /* The sync thread made a file, or could not: the I/O side opens it next. */
 void winnow_store_file_made(struct winnow_store *store, uint32_t file_no, int rc);
+/* Nothing is written to the file again. */
+void winnow_store_file_suspect(struct winnow_store *store, uint32_t file_no);
 /* The I/O side opened it, or could not. */
 void winnow_store_file_end(struct winnow_store *store, uint32_t file_no, int rc);
 /* The file is allocated and open on the I/O side: its grains are free. */

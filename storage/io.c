@@ -133,10 +133,10 @@ int winnow_io_choose(const char *name, const char *dir, const struct winnow_io_m
     }
     if (only_uring || (!only_pread && !dir_is_tmpfs(dir))) {
         int rc = uring_choose(dir, &refuse_direct, remedy);
-        if (!rc)
-            method = &winnow_io_uring;
-        else if (only_uring)
+        if (rc < 0 && only_uring)
             return -EINVAL;
+        if (!rc && (only_uring || !refuse_direct)) /* buffered reads gain nothing from a ring */
+            method = &winnow_io_uring;
     }
     if (!method) {
         int rc = method_try(&winnow_io_pread, dir, &refuse_direct);

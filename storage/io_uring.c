@@ -84,7 +84,7 @@ static int ring_make(struct uring_io *io, struct winnow_io_facts *facts)
     return 0;
 }
 
-static int file_table_register(struct uring_io *io)
+static int file_table_register(struct uring_io *io, struct winnow_io_facts *facts)
 {
     int *none = winnow_alloc_array(io->files.n_files_max, sizeof *none);
     if (!none)
@@ -93,8 +93,13 @@ static int file_table_register(struct uring_io *io)
         none[i] = -1;
     int rc = io_uring_register_files(&io->ring, none, io->files.n_files_max);
     winnow_alloc_free(none);
-    io->fixed_files = rc == 0;
-    return 0; /* without a table descriptors serve */
+    io->fixed_files = rc == 0; /* without a table descriptors serve */
+    if (rc < 0)
+        snprintf(facts->remedy, sizeof facts->remedy,
+                 "no table for %u data files (%s): a little more CPU a read; raise the limit of "
+                 "open files (LimitNOFILE)",
+                 io->files.n_files_max, strerror(-rc));
+    return 0;
 }
 
 static void memlock_raise(void)
@@ -170,7 +175,7 @@ static int uring_open(const struct winnow_io_open *options, void *arg, void **re
     if (!rc)
         rc = ring_make(io, facts);
     if (!rc)
-        rc = file_table_register(io);
+        rc = file_table_register(io, facts);
     if (rc < 0) {
         uring_free(io);
         return rc;

@@ -20,7 +20,7 @@ void winnow_store_grow(struct winnow_store *store)
     if (store->growing || store->n_files == store->n_files_max || store->facts.degraded ||
         store->grains.n_free >= WINNOW_FREE_FILES * store->grains.n_per_file)
         return;
-    while (store->file_made[file_no])
+    while (store->file[file_no].made)
         file_no++;
     struct winnow_message message = {.kind = WINNOW_MESSAGE_FILE, .file_no = file_no};
     int rc = winnow_ring_put(store->grow.asks, &message);
@@ -54,10 +54,16 @@ void winnow_store_file_end(struct winnow_store *store, uint32_t file_no, int rc)
 
 void winnow_store_file_add(struct winnow_store *store, uint32_t file_no)
 {
-    winnow_assert(!store->file_made[file_no]);
-    store->file_made[file_no] = true;
+    winnow_assert(!store->file[file_no].made);
+    store->file[file_no].made = true;
     store->n_files++;
     winnow_grains_add_file(&store->grains, file_no);
+}
+
+void winnow_store_file_suspect(struct winnow_store *store, uint32_t file_no)
+{
+    for (uint32_t i = 0; i < store->grains.n_per_file; i++)
+        winnow_grains_suspect(&store->grains, file_no * store->grains.n_per_file + i);
 }
 
 int winnow_store_segment_create(struct winnow_store *store, uint32_t n_layers,
@@ -95,7 +101,7 @@ int winnow_store_segment_create(struct winnow_store *store, uint32_t n_layers,
     return 0;
 }
 
-/* The moves of a segment end with it: the places that failed are spoiled, the second ones free. */
+/* The moves of a segment end with it. */
 static void moves_end(struct winnow_store *store, const struct winnow_stored *stored)
 {
     for (uint32_t i = 0; i < store->n_moves;) {
@@ -108,27 +114,10 @@ static void moves_end(struct winnow_store *store, const struct winnow_stored *st
     }
 }
 
-static bool grain_failed(const struct winnow_store *store, const struct winnow_stored *stored,
-                         uint32_t grain)
-{
-    for (uint32_t i = 0; stored->n_moves && i < store->n_moves; i++)
-        if (store->move[i].stored == stored && store->move[i].from_grain == grain)
-            return true;
-    return false;
-}
-
 static void stored_free(struct winnow_store *store, struct winnow_stored *stored)
 {
-    uint32_t n_grains = winnow_grains_n_of(&store->grains, stored->segment_idx);
-    for (uint32_t i = 0; i < n_grains; i++) {
-        uint32_t grain = winnow_grains_of(&store->grains, stored->segment_idx, i);
-        if (grain_failed(store, stored, grain))
-            winnow_grains_spoil(&store->grains, grain);
-        else
-            winnow_grains_give(&store->grains, grain);
-    }
     moves_end(store, stored);
-    winnow_grains_drop_run(&store->grains, stored->segment_idx);
+    winnow_grains_give_run(&store->grains, stored->segment_idx);
     winnow_pool_give(store->stored, stored);
 }
 
@@ -160,11 +149,10 @@ struct winnow_place winnow_stored_place(const struct winnow_store *store,
         if (move->stored == stored && block_idx - move->block_idx < move->n_blocks)
             grain = move->to_grain;
     }
+    uint64_t grain_bytes = (uint64_t)(grain % store->grains.n_per_file) * WINNOW_GRAIN_BYTES;
     return (struct winnow_place){.file_no = grain / store->grains.n_per_file,
-                                 .grain = grain,
-                                 .offset_bytes = (uint64_t)(grain % store->grains.n_per_file) *
-                                                     WINNOW_GRAIN_BYTES +
-                                                 (uint64_t)in_grain * stored->block_bytes};
+                                 .offset_bytes =
+                                     grain_bytes + (uint64_t)in_grain * stored->block_bytes};
 }
 
 int winnow_stored_move(struct winnow_store *store, struct winnow_stored *stored, uint32_t block_idx,
@@ -175,12 +163,8 @@ int winnow_stored_move(struct winnow_store *store, struct winnow_stored *stored,
     uint32_t to_grain = winnow_grains_take(&store->grains);
     if (to_grain == UINT32_MAX)
         return -ENOSPC;
-    store->move[store->n_moves++] =
-        (struct winnow_move){.stored = stored,
-                             .block_idx = block_idx,
-                             .n_blocks = n_blocks,
-                             .from_grain = winnow_stored_place(store, stored, block_idx).grain,
-                             .to_grain = to_grain};
+    store->move[store->n_moves++] = (struct winnow_move){
+        .stored = stored, .block_idx = block_idx, .n_blocks = n_blocks, .to_grain = to_grain};
     stored->n_moves++;
     return 0;
 }

@@ -78,9 +78,9 @@ static int tables_init(struct winnow_store *store, const struct winnow_store_opt
     if (rc < 0)
         return rc;
     store->n_requests_max = store->n_free_requests = options->n_requests_max;
-    store->file_made = winnow_alloc_array(store->n_files_max, sizeof *store->file_made);
+    store->file = winnow_alloc_array(store->n_files_max, sizeof *store->file);
     store->request = winnow_alloc_array(store->n_requests_max, sizeof *store->request);
-    if (!store->file_made || !store->request)
+    if (!store->file || !store->request)
         return -ENOMEM;
     for (uint32_t i = 0; i < store->n_requests_max; i++) {
         store->request[i].next = store->free_request;
@@ -255,7 +255,7 @@ static void store_free(struct winnow_store *store)
     winnow_dispatch_finish(&store->dispatch);
     winnow_dir_close(&store->dir);
     winnow_alloc_free(store->request);
-    winnow_alloc_free(store->file_made);
+    winnow_alloc_free(store->file);
     winnow_pool_destroy(store->stored);
     winnow_grains_finish(&store->grains);
     pthread_mutex_destroy(&store->stop_lock);

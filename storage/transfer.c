@@ -14,7 +14,7 @@
 #include <storage/inside.h>
 #include <string.h>
 
-static const int64_t write_errors_within_ns = 60 * WINNOW_NS_PER_S;
+static const int64_t errors_within_ns = 60 * WINNOW_NS_PER_S;
 
 static uint32_t sum_begin(const struct winnow_stored *stored, uint32_t block_idx)
 {
@@ -138,8 +138,28 @@ static void write_error_count(struct winnow_store *store, int64_t now_ns)
     int64_t *error_ns = store->write_error_ns;
     memmove(error_ns, error_ns + 1, (WINNOW_N_WRITE_ERRORS - 1) * sizeof *error_ns);
     error_ns[WINNOW_N_WRITE_ERRORS - 1] = now_ns;
-    if (now_ns - error_ns[0] < write_errors_within_ns)
+    if (now_ns - error_ns[0] < errors_within_ns)
         store->facts.degraded = true;
+}
+
+static uint32_t request_grain(const struct winnow_store *store,
+                              const struct winnow_io_request *request)
+{
+    return request->file_no * store->grains.n_per_file +
+           (uint32_t)(request->offset_bytes / WINNOW_GRAIN_BYTES);
+}
+
+/* A lost block's grain is not used again; sixteen within a minute, and its file is not either. */
+static void read_error_count(struct winnow_store *store, const struct winnow_io_request *request)
+{
+    struct winnow_data_file *file = &store->file[request->file_no];
+    winnow_grains_suspect(&store->grains, request_grain(store, request));
+    if (request->done_ns - file->errors_from_ns >= errors_within_ns) {
+        file->errors_from_ns = request->done_ns;
+        file->n_errors = 0;
+    }
+    if (++file->n_errors == WINNOW_N_READ_ERRORS)
+        winnow_store_file_suspect(store, request->file_no);
 }
 
 /* True: the piece is on its way to another grain. */
@@ -148,6 +168,7 @@ static bool piece_moved(struct winnow_store *store, struct winnow_io_request *pi
     if (piece->result == 0 || piece->result == -ECANCELED)
         return false;
     write_error_count(store, piece->done_ns);
+    winnow_grains_suspect(&store->grains, request_grain(store, piece));
     if (piece->moved || piece->stored->dropped || store->facts.degraded ||
         winnow_stored_move(store, piece->stored, piece->block_idx, piece->n_blocks) < 0)
         return false;
@@ -200,6 +221,8 @@ static bool request_end(struct winnow_store *store, struct winnow_io_request *re
     if (request->kind == WINNOW_IO_WRITE)
         return piece_end(store, request, done);
     request_count(store, request);
+    if (request->result == -ENODATA)
+        read_error_count(store, request);
     store->facts.timeouts += request->result == -ETIMEDOUT;
     *done = (struct winnow_store_done){
         .tag = request->tag, .result = request->result, .disk_bytes = request->disk_bytes};

@@ -275,6 +275,37 @@ static void test_fault__three_write_errors_degrade(void)
     fixture_finish(&fixture);
 }
 
+/* A block that is lost costs its grain; sixteen within a minute cost their file, which takes no
+ * more segments and serves on with what it holds. */
+static void test_fault__a_bad_file_is_left(void)
+{
+    struct fixture fixture;
+    static uint32_t block_crc[N_BLOCKS];
+    static struct winnow_store_done done[64];
+    struct winnow_store_facts facts;
+    for (uint32_t n_bad = 1; n_bad <= WINNOW_N_READ_ERRORS; n_bad += WINNOW_N_READ_ERRORS - 1) {
+        fixture_init(&fixture, test_seed());
+        fixture_settle(&fixture);
+        struct winnow_stored *stored = segment_write(&fixture, 1, 64, block_crc);
+        struct winnow_place place = winnow_stored_place(fixture.store, stored, 0);
+        char name[16];
+        snprintf(name, sizeof name, "%08x.dat", place.file_no);
+        for (uint32_t i = 0; i < n_bad; i++)
+            CHECK(winnow_sim_disk_flip(fixture.disk, name, place.offset_bytes + i * SLOT_BYTES));
+        segment_ask(&fixture, stored, 64, 64, WINNOW_IO_DECODE, WINNOW_NEVER_NS);
+        CHECK_EQ(fixture_run(&fixture, done, 64, WINNOW_NEVER_NS), 64);
+        uint32_t n_lost = 0;
+        for (uint32_t i = 0; i < 64; i++)
+            n_lost += done[i].result == -ENODATA;
+        CHECK_EQ(n_lost, n_bad);
+        winnow_store_segment_destroy(fixture.store, stored);
+        winnow_store_facts(fixture.store, &facts);
+        CHECK_EQ(facts.bad_bytes, n_bad == 1 ? WINNOW_GRAIN_BYTES : 4 << 20);
+        CHECK_EQ(facts.used_bytes, 0);
+        fixture_finish(&fixture);
+    }
+}
+
 /* Random faults of all kinds at once, in a hundred lives: never a wrong byte. */
 static void test_fault__random_faults_give_no_wrong_byte(void)
 {
@@ -344,6 +375,7 @@ int main(int argc, char **argv)
     TEST_RUN(test_fault__merged_read_is_taken_apart);
     TEST_RUN(test_fault__failed_write_moves);
     TEST_RUN(test_fault__three_write_errors_degrade);
+    TEST_RUN(test_fault__a_bad_file_is_left);
     TEST_RUN(test_fault__random_faults_give_no_wrong_byte);
     TEST_RUN(test_fault__each_allocation_of_open_fails);
     return TEST_END();

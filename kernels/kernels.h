@@ -112,7 +112,8 @@ struct winnow_selection {
 struct winnow_kernels {
     const char *name; /* "ref", "avx2", "avx512" */
 
-    /* Bytes of scratch (64-byte aligned) that build, score and select of n_blocks may use. */
+    /* Bytes of scratch (64-byte aligned) that build, score, probe, select and select_more of
+     * n_blocks may use. */
     size_t (*scratch_bytes)(const struct winnow_model_shape *, uint32_t n_blocks);
 
     /* n numbers of `dtype` to fp32 and back (round to nearest even). 0; -EDOM: a NaN or Inf
@@ -121,7 +122,7 @@ struct winnow_kernels {
     int (*from_float)(uint32_t dtype, size_t n, const float *src, void *dst);
 
     /*
-     * Clusters n_blocks x 16 tokens by balanced bisection (selection.md 3) and fills the index.
+     * Clusters n_blocks x 16 tokens by balanced bisection (docs/algorithm.md) and fills the index.
      *   k [16 n_blocks][k_width], v [16 n_blocks][v_width], in position order
      *   order [16 n_blocks]: order[16 b + j] = place in the input of token j of block b, rising
      * Returns 0 or -EDOM (NaN or Inf in k or v; nothing then holds).
@@ -145,13 +146,13 @@ struct winnow_kernels {
      * lists them in block_idx, rising; returns their number. Their ln_m stands before select. */
     uint32_t (*probe)(struct winnow_selection *, void *scratch);
 
-    /* Shortest prefix by key with (Z + sum e) / T >= mass for every g (selection.md 5); policy
-     * EXACT: every block, rising, ln_e not read. Fills every `out` field. n_blocks_max ends the
+    /* Shortest prefix by key with (Z + sum e) / T >= mass for every g; policy EXACT: every
+     * block, rising, ln_e not read. Fills every `out` field. n_blocks_max ends the
      * prefix early. */
     void (*select)(uint32_t policy, struct winnow_selection *, void *scratch);
 
     /*
-     * Verification and second round (selection.md 7). Writes the certificate mass [G] and, when any
+     * Verification and second round. Writes the certificate mass [G] and, when any
      * g is below P and may_add, selects more (selected = 2) and returns their number, appended to
      * block_idx's prefix; call again with may_add = 0 once they are attended: same rho, certificate
      * only.
@@ -181,8 +182,8 @@ struct winnow_kernels {
     size_t (*window_scratch_bytes)(const struct winnow_model_shape *, uint32_t n_pos);
 
     /* Adds the unselected blocks of one segment, the first of which is number block_first of the
-     * selection, to partial [G], which continues: weight e_b, value the stored mean (selection.md
-     * 6). Blocks more than 8 nats below the last selected key (none selected: the first key) go in
+     * selection, to partial [G], which continues: weight e_b, value the stored mean.
+     * Blocks more than 8 nats below the last selected key (none selected: the first key) go in
      * as one: summed e times the segment's mean v. An unknown e_b goes in nowhere. */
     void (*compensate)(const struct winnow_model_shape *, const struct winnow_index_view *,
                        const struct winnow_selection *, uint32_t block_first, float *partial);

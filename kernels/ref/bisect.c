@@ -23,33 +23,6 @@ struct bisection {
     double *c;     /* [width][width] */
 };
 
-/* Heap sort: nothing to allocate, and no worse case. */
-static void sift_down(uint64_t *key, size_t root, size_t n)
-{
-    uint64_t x = key[root];
-
-    for (size_t child = 2 * root + 1; child < n; root = child, child = 2 * root + 1) {
-        if (child + 1 < n && key[child + 1] > key[child])
-            child++;
-        if (key[child] <= x)
-            break;
-        key[root] = key[child];
-    }
-    key[root] = x;
-}
-
-void winnow_ref_sort(uint64_t *key, size_t n)
-{
-    for (size_t i = n / 2; i > 0; i--)
-        sift_down(key, i - 1, n);
-    for (size_t last = n; last > 1; last--) {
-        uint64_t largest = key[0];
-        key[0] = key[last - 1];
-        key[last - 1] = largest;
-        sift_down(key, 0, last - 1);
-    }
-}
-
 static const float *token_key(const struct bisection *b, uint32_t i)
 {
     return b->k + (size_t)b->order[i] * b->width;

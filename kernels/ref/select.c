@@ -43,23 +43,25 @@ static bool block_is_known(const struct winnow_selection *sel, uint32_t b)
     return true;
 }
 
-/* ln T_g */
-static void ln_total(const struct winnow_selection *sel, float *total)
-{
-    float largest[WINNOW_GQA_MAX];
+/* T_g = exp(largest) x sum, kept apart: at huge logits fp32 has no room for ln sum beside them. */
+struct total {
+    float largest[WINNOW_GQA_MAX], ln_sum[WINNOW_GQA_MAX];
+};
 
-    winnow_ref_largest(sel, false, largest);
+static void total_init(struct total *total, const struct winnow_selection *sel)
+{
+    winnow_ref_largest(sel, false, total->largest);
     for (uint32_t g = 0; g < sel->n_q; g++) {
-        uint64_t sum = winnow_ref_fixed(sel->ln_z[g], largest[g]);
+        uint64_t sum = winnow_ref_fixed(sel->ln_z[g], total->largest[g]);
         for (uint32_t b = 0; b < sel->n_blocks; b++) {
             float ln_e = sel->ln_e[(size_t)b * sel->n_q + g];
-            sum = winnow_ref_fixed_add(sum, winnow_ref_fixed(ln_e, largest[g]));
+            sum = winnow_ref_fixed_add(sum, winnow_ref_fixed(ln_e, total->largest[g]));
         }
-        total[g] = largest[g] + (float)log((double)sum * 0x1p-40);
+        total->ln_sum[g] = (float)log((double)sum * 0x1p-40);
     }
 }
 
-static float block_key(const struct winnow_selection *sel, uint32_t b, const float *total)
+static float block_key(const struct winnow_selection *sel, uint32_t b, const struct total *total)
 {
     float sum = 0;
 
@@ -67,21 +69,22 @@ static float block_key(const struct winnow_selection *sel, uint32_t b, const flo
         return INFINITY;
     for (uint32_t g = 0; g < sel->n_q; g++) {
         float ln_e = sel->ln_e[(size_t)b * sel->n_q + g];
-        sum += ln_e > -INFINITY ? winnow_ref_exp(ln_e - total[g]) : 0;
+        if (ln_e > -INFINITY)
+            sum += winnow_ref_exp(ln_e - total->largest[g] - total->ln_sum[g]);
     }
     return logf(sum);
 }
 
 void winnow_ref_key_sort(struct winnow_selection *sel, const uint8_t *class, void *scratch)
 {
-    float total[WINNOW_GQA_MAX];
+    struct total total;
     uint64_t *key = scratch;
     winnow_assert(sel->n_blocks < UINT32_C(1) << 28);
 
     /* class, then the key falling, then the number: 4, 32 and 28 bits */
-    ln_total(sel, total);
+    total_init(&total, sel);
     for (uint32_t b = 0; b < sel->n_blocks; b++) {
-        sel->ln_key[b] = block_key(sel, b, total);
+        sel->ln_key[b] = block_key(sel, b, &total);
         key[b] = (uint64_t)(class ? class[b] : 0) << 60 |
                  (uint64_t)(uint32_t)~winnow_ref_rank(sel->ln_key[b]) << 28 | b;
     }

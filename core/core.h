@@ -20,6 +20,11 @@
 
 struct winnow_team;
 
+enum {
+    WINNOW_WINDOW_TOKENS_MAX = 4096, /* of one APPEND or EXACT */
+    WINNOW_STORE_REQUESTS = 4608,    /* n_requests_max that the core's store must be opened with */
+};
+
 enum winnow_request_kind {
     WINNOW_REQUEST_OPEN = 1,
     WINNOW_REQUEST_APPEND, /* tokens of one layer */
@@ -175,7 +180,7 @@ struct winnow_core;
 /* -ENOMEM; -EINVAL with a line in text: a cap below the smallest legal one, S not a multiple. */
 int winnow_core_create(const struct winnow_core_options *options, struct winnow_core **ret_core,
                        char text[256]);
-/* Every session must be closed and every request done. NULL is fine. */
+/* Every request must be done and the store closed. Sessions still open end. NULL is fine. */
 void winnow_core_destroy(struct winnow_core *core);
 void winnow_core_arena(const struct winnow_core *core, void **ret_arena, size_t *ret_bytes);
 void winnow_core_set_store(struct winnow_core *core, struct winnow_store *store); /* borrowed */

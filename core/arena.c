@@ -1,0 +1,436 @@
+#include <base/alloc.h>
+#include <base/assert.h>
+#include <core/arena.h>
+#include <errno.h>
+#include <storage/store.h>
+
+enum { SLOTS_PER_GRAIN = 512, N_CLASSES = 64, POOL_BYTES_MIN = 16 << 20 };
+
+enum slot_kind { SLOT_FREE, SLOT_HELD, SLOT_CACHE, SLOT_DROPPED };
+
+struct slot {
+    void *segment;
+    uint32_t block_idx;
+    uint32_t next_free; /* slot + 1 */
+    uint32_t n_holders; /* HELD: holders; CACHE, DROPPED: pins */
+    uint8_t kind;
+    bool clean, used;
+};
+
+struct grain {
+    uint32_t class_idx; /* UINT32_MAX: free */
+    uint32_t n_used;
+};
+
+struct class
+{
+    uint32_t block_bytes, slots_per_grain;
+    uint32_t first_free; /* slot + 1 */
+    uint32_t n_grains;
+};
+
+struct winnow_arena {
+    winnow_arena_evict *evict;
+    uint8_t *base;
+    size_t n_bytes;
+    uint32_t n_pieces, n_pieces_free;
+    uint32_t *piece_free; /* stack of pieces */
+    uint32_t *piece_holders;
+    uint8_t *grain_base;
+    uint32_t n_grains, n_grains_free, hand;
+    struct grain *grain;
+    struct slot *slot;
+    struct class class[N_CLASSES];
+    uint32_t n_classes;
+    uint64_t held_bytes, cache_bytes, dirty_bytes, pinned_bytes; /* pinned: of clean cache slots */
+};
+
+static uint32_t slot_bytes(const struct winnow_arena *arena, uint32_t slot)
+{
+    return arena->class[arena->grain[slot / SLOTS_PER_GRAIN].class_idx].block_bytes;
+}
+
+int winnow_arena_create(uint64_t pool_bytes, winnow_arena_evict *evict,
+                        struct winnow_arena **ret_arena)
+{
+    pool_bytes -= pool_bytes % WINNOW_GRAIN_BYTES;
+    if (pool_bytes < POOL_BYTES_MIN ||
+        pool_bytes / WINNOW_GRAIN_BYTES > UINT32_MAX / SLOTS_PER_GRAIN)
+        return -EINVAL;
+    struct winnow_arena *arena = winnow_alloc(sizeof *arena);
+    if (!arena)
+        return -ENOMEM;
+    uint64_t staging_grains = pool_bytes / WINNOW_GRAIN_BYTES / 16;
+    staging_grains = staging_grains < 1 ? 1 : staging_grains > 16 ? 16 : staging_grains;
+    arena->evict = evict;
+    arena->n_bytes = pool_bytes;
+    arena->n_grains = (uint32_t)(pool_bytes / WINNOW_GRAIN_BYTES - staging_grains);
+    arena->n_grains_free = arena->n_grains;
+    arena->n_pieces = (uint32_t)(staging_grains * WINNOW_GRAIN_BYTES / WINNOW_STAGING_BYTES);
+    arena->base = winnow_alloc_map(pool_bytes);
+    arena->piece_free = winnow_alloc_array(arena->n_pieces, sizeof *arena->piece_free);
+    arena->piece_holders = winnow_alloc_array(arena->n_pieces, sizeof *arena->piece_holders);
+    arena->grain = winnow_alloc_array(arena->n_grains, sizeof *arena->grain);
+    arena->slot =
+        winnow_alloc_array((size_t)arena->n_grains * SLOTS_PER_GRAIN, sizeof *arena->slot);
+    if (!arena->base || !arena->piece_free || !arena->piece_holders || !arena->grain ||
+        !arena->slot) {
+        winnow_arena_destroy(arena);
+        return -ENOMEM;
+    }
+    arena->grain_base = arena->base + staging_grains * WINNOW_GRAIN_BYTES;
+    for (uint32_t i = 0; i < arena->n_grains; i++)
+        arena->grain[i].class_idx = UINT32_MAX;
+    for (uint32_t i = 0; i < arena->n_pieces; i++)
+        arena->piece_free[arena->n_pieces_free++] = arena->n_pieces - 1 - i;
+    *ret_arena = arena;
+    return 0;
+}
+
+void winnow_arena_destroy(struct winnow_arena *arena)
+{
+    if (!arena)
+        return;
+    winnow_alloc_unmap(arena->base, arena->n_bytes);
+    winnow_alloc_free(arena->piece_free);
+    winnow_alloc_free(arena->piece_holders);
+    winnow_alloc_free(arena->grain);
+    winnow_alloc_free(arena->slot);
+    winnow_alloc_free(arena);
+}
+
+void *winnow_arena_base(const struct winnow_arena *arena, size_t *ret_bytes)
+{
+    *ret_bytes = arena->n_bytes;
+    return arena->base;
+}
+
+void *winnow_arena_data(const struct winnow_arena *arena, uint32_t slot)
+{
+    uint32_t grain_idx = slot / SLOTS_PER_GRAIN, place = slot % SLOTS_PER_GRAIN;
+    winnow_assert(grain_idx < arena->n_grains);
+    return arena->grain_base + (size_t)grain_idx * WINNOW_GRAIN_BYTES +
+           (size_t)place * slot_bytes(arena, slot);
+}
+
+static uint32_t class_find(struct winnow_arena *arena, uint32_t block_bytes)
+{
+    for (uint32_t i = 0; i < arena->n_classes; i++)
+        if (arena->class[i].block_bytes == block_bytes)
+            return i;
+    winnow_assert(arena->n_classes < N_CLASSES); /* block sizes are few: widths x dtypes of OPEN */
+    arena->class[arena->n_classes] = (struct class){
+        .block_bytes = block_bytes, .slots_per_grain = WINNOW_GRAIN_BYTES / block_bytes};
+    return arena->n_classes++;
+}
+
+/* Carves a free grain for the class: its slots go on the class's free list in rising order. */
+static bool grain_carve(struct winnow_arena *arena, uint32_t class_idx)
+{
+    struct class *class = &arena->class[class_idx];
+    for (uint32_t g = 0; arena->n_grains_free && g < arena->n_grains; g++) {
+        if (arena->grain[g].class_idx != UINT32_MAX)
+            continue;
+        arena->grain[g] = (struct grain){.class_idx = class_idx};
+        arena->n_grains_free--;
+        class->n_grains++;
+        for (uint32_t place = class->slots_per_grain; place-- > 0;) {
+            uint32_t slot = g * SLOTS_PER_GRAIN + place;
+            arena->slot[slot] = (struct slot){.kind = SLOT_FREE, .next_free = class->first_free};
+            class->first_free = slot + 1;
+        }
+        return true;
+    }
+    return false;
+}
+
+/* An empty grain is any class's again: its slots leave the free list. */
+static void grain_empty(struct winnow_arena *arena, uint32_t grain_idx)
+{
+    struct class *class = &arena->class[arena->grain[grain_idx].class_idx];
+    uint32_t *at = &class->first_free;
+    while (*at)
+        if ((*at - 1) / SLOTS_PER_GRAIN == grain_idx)
+            *at = arena->slot[*at - 1].next_free;
+        else
+            at = &arena->slot[*at - 1].next_free;
+    arena->grain[grain_idx].class_idx = UINT32_MAX;
+    arena->n_grains_free++;
+    class->n_grains--;
+}
+
+static void slot_free(struct winnow_arena *arena, uint32_t slot)
+{
+    uint32_t grain_idx = slot / SLOTS_PER_GRAIN;
+    struct class *class = &arena->class[arena->grain[grain_idx].class_idx];
+    arena->slot[slot] = (struct slot){.kind = SLOT_FREE, .next_free = class->first_free};
+    class->first_free = slot + 1;
+    winnow_assert(arena->grain[grain_idx].n_used > 0);
+    arena->grain[grain_idx].n_used--;
+}
+
+static bool evictable(const struct slot *slot)
+{
+    return slot->kind == SLOT_CACHE && slot->clean && slot->n_holders == 0;
+}
+
+static void slot_evict(struct winnow_arena *arena, uint32_t slot_idx)
+{
+    struct slot *slot = &arena->slot[slot_idx];
+    arena->evict(slot->segment, slot->block_idx);
+    arena->cache_bytes -= slot_bytes(arena, slot_idx);
+    slot_free(arena, slot_idx);
+}
+
+/* CLOCK: the first clean, unpinned cache slot that was not used since the hand last passed. */
+static bool evict_one(struct winnow_arena *arena, uint32_t class_idx)
+{
+    uint32_t n_slots = arena->n_grains * SLOTS_PER_GRAIN;
+    for (uint64_t n = 0; n < 2 * (uint64_t)n_slots; n++) {
+        uint32_t slot_idx = arena->hand;
+        uint32_t grain_class = arena->grain[slot_idx / SLOTS_PER_GRAIN].class_idx;
+        if (grain_class != class_idx) { /* a whole grain further */
+            arena->hand = (slot_idx / SLOTS_PER_GRAIN + 1) * SLOTS_PER_GRAIN % n_slots;
+            n += SLOTS_PER_GRAIN - 1;
+            continue;
+        }
+        arena->hand = (slot_idx + 1) % n_slots;
+        struct slot *slot = &arena->slot[slot_idx];
+        if (!evictable(slot))
+            continue;
+        if (slot->used) {
+            slot->used = false;
+            continue;
+        }
+        slot_evict(arena, slot_idx);
+        return true;
+    }
+    return false;
+}
+
+/* Empties a grain of another class whose every used slot is evictable. */
+static bool grain_steal(struct winnow_arena *arena, uint32_t class_idx)
+{
+    for (uint32_t g = 0; g < arena->n_grains; g++) {
+        uint32_t other = arena->grain[g].class_idx, first = g * SLOTS_PER_GRAIN, n_evictable = 0;
+        if (other == UINT32_MAX || other == class_idx)
+            continue;
+        for (uint32_t place = 0; place < arena->class[other].slots_per_grain; place++)
+            n_evictable += evictable(&arena->slot[first + place]);
+        if (n_evictable < arena->grain[g].n_used)
+            continue;
+        for (uint32_t place = 0; place < arena->class[other].slots_per_grain; place++)
+            if (arena->slot[first + place].kind == SLOT_CACHE)
+                slot_evict(arena, first + place);
+        grain_empty(arena, g);
+        return true;
+    }
+    return false;
+}
+
+static bool grain_reclaim(struct winnow_arena *arena, uint32_t class_idx)
+{
+    for (uint32_t g = 0; g < arena->n_grains; g++)
+        if (arena->grain[g].class_idx != UINT32_MAX && arena->grain[g].class_idx != class_idx &&
+            arena->grain[g].n_used == 0) {
+            grain_empty(arena, g);
+            return true;
+        }
+    return false;
+}
+
+static bool slot_take(struct winnow_arena *arena, uint32_t class_idx, uint32_t *ret_slot)
+{
+    struct class *class = &arena->class[class_idx];
+    if (!class->first_free && !grain_carve(arena, class_idx) && !evict_one(arena, class_idx) &&
+        (grain_reclaim(arena, class_idx) || grain_steal(arena, class_idx)))
+        grain_carve(arena, class_idx);
+    if (!class->first_free)
+        return false;
+    uint32_t slot_idx = class->first_free - 1;
+    class->first_free = arena->slot[slot_idx].next_free;
+    arena->slot[slot_idx] = (struct slot){.kind = SLOT_HELD, .n_holders = 1};
+    arena->grain[slot_idx / SLOTS_PER_GRAIN].n_used++;
+    arena->held_bytes += class->block_bytes;
+    *ret_slot = slot_idx;
+    return true;
+}
+
+static uint64_t unevictable_bytes(const struct winnow_arena *arena)
+{
+    return arena->held_bytes + arena->dirty_bytes + arena->pinned_bytes;
+}
+
+static uint64_t grains_bytes(const struct winnow_arena *arena)
+{
+    return (uint64_t)arena->n_grains * WINNOW_GRAIN_BYTES;
+}
+
+int winnow_arena_take(struct winnow_arena *arena, uint32_t block_bytes, uint32_t n, uint32_t slot[],
+                      uint64_t keep_bytes)
+{
+    winnow_assert(block_bytes > 0 && block_bytes % WINNOW_PAGE_BYTES == 0);
+    uint32_t class_idx = class_find(arena, block_bytes);
+    if (unevictable_bytes(arena) + (uint64_t)n * block_bytes + keep_bytes > grains_bytes(arena))
+        return -EAGAIN;
+    for (uint32_t i = 0; i < n; i++) {
+        if (slot_take(arena, class_idx, &slot[i]))
+            continue;
+        while (i-- > 0)
+            winnow_arena_release(arena, slot[i]);
+        return -EAGAIN;
+    }
+    return 0;
+}
+
+void winnow_arena_hold(struct winnow_arena *arena, uint32_t slot)
+{
+    winnow_assert(arena->slot[slot].kind == SLOT_HELD);
+    arena->slot[slot].n_holders++;
+}
+
+void winnow_arena_release(struct winnow_arena *arena, uint32_t slot)
+{
+    winnow_assert(arena->slot[slot].kind == SLOT_HELD && arena->slot[slot].n_holders > 0);
+    if (--arena->slot[slot].n_holders == 0) {
+        arena->held_bytes -= slot_bytes(arena, slot);
+        slot_free(arena, slot);
+    }
+}
+
+bool winnow_arena_is_cache(const struct winnow_arena *arena, uint32_t slot)
+{
+    return arena->slot[slot].kind == SLOT_CACHE;
+}
+
+uint32_t winnow_arena_holders(const struct winnow_arena *arena, uint32_t slot)
+{
+    return arena->slot[slot].n_holders;
+}
+
+void winnow_arena_cache(struct winnow_arena *arena, uint32_t slot, void *segment,
+                        uint32_t block_idx, bool clean)
+{
+    struct slot *s = &arena->slot[slot];
+    winnow_assert(s->kind == SLOT_HELD && s->n_holders == 1);
+    *s = (struct slot){.kind = SLOT_CACHE,
+                       .segment = segment,
+                       .block_idx = block_idx,
+                       .clean = clean,
+                       .used = true};
+    arena->held_bytes -= slot_bytes(arena, slot);
+    arena->cache_bytes += slot_bytes(arena, slot);
+    if (!clean)
+        arena->dirty_bytes += slot_bytes(arena, slot);
+}
+
+void winnow_arena_clean(struct winnow_arena *arena, uint32_t slot)
+{
+    struct slot *s = &arena->slot[slot];
+    winnow_assert(s->kind == SLOT_CACHE && !s->clean);
+    s->clean = true;
+    arena->dirty_bytes -= slot_bytes(arena, slot);
+    if (s->n_holders)
+        arena->pinned_bytes += slot_bytes(arena, slot);
+}
+
+void winnow_arena_pin(struct winnow_arena *arena, uint32_t slot)
+{
+    struct slot *s = &arena->slot[slot];
+    winnow_assert(s->kind == SLOT_CACHE);
+    s->used = true;
+    if (s->n_holders++ == 0 && s->clean)
+        arena->pinned_bytes += slot_bytes(arena, slot);
+}
+
+static void slot_drop(struct winnow_arena *arena, uint32_t slot)
+{
+    arena->cache_bytes -= slot_bytes(arena, slot);
+    slot_free(arena, slot);
+}
+
+void winnow_arena_unpin(struct winnow_arena *arena, uint32_t slot)
+{
+    struct slot *s = &arena->slot[slot];
+    winnow_assert((s->kind == SLOT_CACHE || s->kind == SLOT_DROPPED) && s->n_holders > 0);
+    if (--s->n_holders > 0)
+        return;
+    if (s->clean)
+        arena->pinned_bytes -= slot_bytes(arena, slot);
+    if (s->kind == SLOT_DROPPED)
+        slot_drop(arena, slot);
+}
+
+void winnow_arena_drop(struct winnow_arena *arena, uint32_t slot)
+{
+    struct slot *s = &arena->slot[slot];
+    winnow_assert(s->kind == SLOT_CACHE);
+    if (!s->clean) {
+        s->clean = true;
+        arena->dirty_bytes -= slot_bytes(arena, slot);
+        if (s->n_holders)
+            arena->pinned_bytes += slot_bytes(arena, slot);
+    }
+    s->kind = SLOT_DROPPED;
+    if (s->n_holders == 0)
+        slot_drop(arena, slot);
+}
+
+void *winnow_arena_staging_take(struct winnow_arena *arena)
+{
+    if (!arena->n_pieces_free)
+        return NULL;
+    uint32_t piece = arena->piece_free[--arena->n_pieces_free];
+    winnow_assert(arena->piece_holders[piece] == 0);
+    arena->piece_holders[piece] = 1;
+    return arena->base + (size_t)piece * WINNOW_STAGING_BYTES;
+}
+
+static uint32_t piece_of(const struct winnow_arena *arena, const void *address)
+{
+    size_t offset_bytes = (size_t)((const uint8_t *)address - arena->base);
+    winnow_assert(offset_bytes < (size_t)arena->n_pieces * WINNOW_STAGING_BYTES);
+    return (uint32_t)(offset_bytes / WINNOW_STAGING_BYTES);
+}
+
+void winnow_arena_staging_hold(struct winnow_arena *arena, const void *address)
+{
+    winnow_assert(arena->piece_holders[piece_of(arena, address)] > 0);
+    arena->piece_holders[piece_of(arena, address)]++;
+}
+
+void winnow_arena_staging_give(struct winnow_arena *arena, const void *address)
+{
+    uint32_t piece = piece_of(arena, address);
+    winnow_assert(arena->piece_holders[piece] > 0);
+    if (--arena->piece_holders[piece] == 0)
+        arena->piece_free[arena->n_pieces_free++] = piece;
+}
+
+uint32_t winnow_arena_staging_free(const struct winnow_arena *arena)
+{
+    return arena->n_pieces_free;
+}
+
+uint32_t winnow_arena_staging_pieces(const struct winnow_arena *arena)
+{
+    return arena->n_pieces;
+}
+
+void winnow_arena_use(const struct winnow_arena *arena, struct winnow_arena_use *use)
+{
+    uint64_t used_bytes = arena->held_bytes + arena->cache_bytes;
+    *use = (struct winnow_arena_use){
+        .pool_bytes = arena->n_bytes,
+        .staging_bytes = arena->n_bytes - grains_bytes(arena),
+        .held_bytes = arena->held_bytes,
+        .cache_bytes = arena->cache_bytes,
+        .dirty_bytes = arena->dirty_bytes,
+        .free_bytes = grains_bytes(arena) - used_bytes,
+    };
+}
+
+bool winnow_arena_pressed(const struct winnow_arena *arena)
+{
+    return arena->held_bytes + arena->dirty_bytes > grains_bytes(arena) / 5 * 4;
+}

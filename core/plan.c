@@ -1,0 +1,361 @@
+// Plan: from blocks wanted to blocks at hand. The cursor walks what a step wants in list order; every
+// eight blocks of one head's list are a group, which takes pins on what is resident and slots for
+// what is not, asks for the reads, and is ready when they have come.
+//
+// A plan larger than the pool needs no waves with barriers: at most WINNOW_N_GROUPS groups are filled
+// and not yet merged, each gives back what it held once it is attended, and the next is filled. A
+// step that finds no slot stops filling; what it holds it will give back by itself.
+//
+// Blocks that everything-reads bring in go through staging and are not admitted to the cache: one
+// such step would flush it.
+#include <base/assert.h>
+#include <core/session.h>
+#include <errno.h>
+#include <string.h>
+
+enum { N_READS_ONCE = 256 };
+
+void winnow_plan_begin(struct winnow_session *session, uint8_t wanted, bool exact_too)
+{
+    struct winnow_op *op = &session->op;
+    const struct winnow_run *run = op->run;
+    bool all_exact = true;
+    for (uint32_t head = 0; head < session->context->shape.n_kv_heads; head++)
+        all_exact &= run->exact[head] != 0;
+    op->cursor = (struct winnow_cursor){
+        .wanted = wanted, .exact_too = exact_too, .disk_order = all_exact && exact_too};
+    op->fill_done = false;
+}
+
+static bool cursor_wants(const struct winnow_session *session, const struct winnow_cursor *cursor)
+{
+    const struct winnow_run *run = session->op.run;
+    uint32_t n_span = session->context->segment_tokens / WINNOW_BLOCK_TOKENS;
+    if (run->exact[cursor->head])
+        return cursor->exact_too;
+    return run->selection[cursor->head]
+               .selected[cursor->segment_idx * n_span + cursor->block_idx] == cursor->wanted;
+}
+
+/* One block further in the cursor's order; false at the end. */
+static bool cursor_step(const struct winnow_session *session, struct winnow_cursor *cursor)
+{
+    const struct winnow_context *context = session->context;
+    uint32_t n_span = context->segment_tokens / WINNOW_BLOCK_TOKENS;
+    uint32_t n_segments = context->layer[session->op.layer].n_segments;
+    if (++cursor->block_idx < n_span)
+        return true;
+    cursor->block_idx = 0;
+    uint32_t *inner = cursor->disk_order ? &cursor->head : &cursor->segment_idx;
+    uint32_t *outer = cursor->disk_order ? &cursor->segment_idx : &cursor->head;
+    if (++*inner < (cursor->disk_order ? context->shape.n_kv_heads : n_segments))
+        return true;
+    *inner = 0;
+    return ++*outer < (cursor->disk_order ? n_segments : context->shape.n_kv_heads);
+}
+
+static bool cursor_at_end(const struct winnow_session *session, const struct winnow_cursor *cursor)
+{
+    const struct winnow_context *context = session->context;
+    return cursor->head >= context->shape.n_kv_heads ||
+           cursor->segment_idx >= context->layer[session->op.layer].n_segments;
+}
+
+/* The next eight wanted blocks of one head (fewer at a list's end). False: none is left. */
+static bool group_choose(const struct winnow_session *session, struct winnow_cursor *cursor,
+                         struct winnow_group *group)
+{
+    uint32_t n_span = session->context->segment_tokens / WINNOW_BLOCK_TOKENS;
+    *group = (struct winnow_group){.state = WINNOW_GROUP_READING};
+    while (group->n < WINNOW_GROUP_BLOCKS && !cursor_at_end(session, cursor)) {
+        if (group->n && cursor->head != group->head)
+            break;
+        if (cursor_wants(session, cursor)) {
+            group->head = cursor->head;
+            group->block[group->n++] = cursor->segment_idx * n_span + cursor->block_idx;
+        }
+        if (!cursor_step(session, cursor))
+            break;
+    }
+    return group->n > 0;
+}
+
+struct winnow_load *winnow_load_take(struct winnow_core *core, struct winnow_session *session,
+                                     struct winnow_segment *segment, uint32_t block_idx,
+                                     uint32_t op_class)
+{
+    struct winnow_load *load = winnow_pool_take(core->loads);
+    if (!load)
+        return NULL;
+    winnow_segment_ref(segment);
+    *load = (struct winnow_load){.segment = segment,
+                                 .session_handle = winnow_pool_handle(core->sessions, session),
+                                 .op_number = session->op.number,
+                                 .block_idx = block_idx,
+                                 .op_class = op_class};
+    return load;
+}
+
+/* Memory for a block to be read: a slot of the cache, or the next place of staging. */
+static bool load_place(struct winnow_core *core, struct winnow_session *session, bool staged,
+                       struct winnow_stage *stage, uint32_t *ret_slot, void **ret_data)
+{
+    uint32_t block_bytes = winnow_block_bytes(&session->context->shape);
+    if (staged) {
+        *ret_data = winnow_stage_take(core, stage, block_bytes);
+        *ret_slot = 0;
+        return *ret_data != NULL;
+    }
+    uint32_t slot;
+    if (winnow_arena_take(core->tiers.arena, block_bytes, 1, &slot, 0) < 0)
+        return false;
+    *ret_slot = slot + 1;
+    *ret_data = winnow_arena_data(core->tiers.arena, slot);
+    return true;
+}
+
+void *winnow_stage_take(struct winnow_core *core, struct winnow_stage *stage, uint32_t block_bytes)
+{
+    if (stage->piece && stage->used_bytes + block_bytes > WINNOW_STAGING_BYTES)
+        winnow_stage_finish(core, stage);
+    if (!stage->piece) {
+        stage->piece = winnow_arena_staging_take(core->tiers.arena);
+        stage->used_bytes = 0;
+        if (!stage->piece)
+            return NULL;
+    }
+    void *data = stage->piece + stage->used_bytes;
+    stage->used_bytes += block_bytes;
+    winnow_arena_staging_hold(core->tiers.arena, data);
+    return data;
+}
+
+void winnow_stage_finish(struct winnow_core *core, struct winnow_stage *stage)
+{
+    if (stage->piece)
+        winnow_arena_staging_give(core->tiers.arena, stage->piece);
+    stage->piece = NULL;
+}
+
+void winnow_load_abandon(struct winnow_core *core, struct winnow_load *load)
+{
+    if (load->slot)
+        winnow_arena_release(core->tiers.arena, load->slot - 1);
+    else
+        winnow_arena_staging_give(core->tiers.arena, load->data);
+    winnow_segment_unref(load->segment);
+    winnow_pool_give(core->loads, load);
+}
+
+/* Reads that are decided on but not yet asked for: one call to the store serves many. */
+struct batch {
+    uint32_t n;
+    struct winnow_load *load[N_READS_ONCE];
+    struct winnow_store_read read[N_READS_ONCE];
+};
+
+static int batch_send(struct winnow_core *core, struct winnow_session *session, struct batch *batch,
+                      enum winnow_io_priority priority)
+{
+    if (batch->n == 0)
+        return 0;
+    int64_t deadline_ns = session->op.request ? session->op.request->deadline_ns
+                                              : core->now_ns + 60 * INT64_C(1000000000);
+    int rc = winnow_store_read(core->tiers.store, batch->read, batch->n, priority, deadline_ns);
+    if (rc == 0)
+        session->op.n_loads += batch->n;
+    else
+        for (uint32_t i = 0; i < batch->n; i++)
+            winnow_load_abandon(core, batch->load[i]);
+    batch->n = 0;
+    return rc;
+}
+
+void winnow_group_release(struct winnow_core *core, struct winnow_session *session,
+                          struct winnow_group *group)
+{
+    (void)session;
+    for (uint32_t i = 0; i < group->n; i++) {
+        if (group->source[i] == WINNOW_FROM_CACHE)
+            winnow_arena_unpin(core->tiers.arena, group->slot[i]);
+        else if (group->source[i] == WINNOW_FROM_SLOT)
+            winnow_arena_release(core->tiers.arena, group->slot[i]);
+        else if (group->source[i] == WINNOW_FROM_STAGING)
+            winnow_arena_staging_give(core->tiers.arena, group->data[i]);
+        group->source[i] = WINNOW_FROM_NOWHERE;
+    }
+}
+
+static struct winnow_segment *block_segment(const struct winnow_session *session, uint32_t head,
+                                            uint32_t block, uint32_t *ret_of_layer)
+{
+    const struct winnow_context *context = session->context;
+    uint32_t n_span = context->segment_tokens / WINNOW_BLOCK_TOKENS;
+    *ret_of_layer = head * n_span + block % n_span;
+    return context->segment[block / n_span];
+}
+
+/* True when the head's blocks are not admitted to the cache: everything is read, or the heavy heads
+ * do not fit in a quarter of the pool. */
+static bool reads_staged(const struct winnow_core *core, const struct winnow_session *session,
+                         uint32_t head)
+{
+    const struct winnow_run *run = session->op.run;
+    uint64_t heavy_bytes =
+        (uint64_t)session->n_heavy * run->n_blocks * winnow_block_bytes(&session->context->shape);
+    if (!run->exact[head])
+        return false;
+    return session->op.whole || heavy_bytes > core->options.host_pool_bytes / 4;
+}
+
+/* Pins or places every block of the group. False: something is short; nothing is held. */
+static bool group_place(struct winnow_core *core, struct winnow_session *session,
+                        struct winnow_group *group, uint32_t group_idx, struct batch *batch,
+                        struct winnow_stage *stage)
+{
+    struct winnow_op *op = &session->op;
+    bool staged = reads_staged(core, session, group->head);
+    uint32_t n_before = batch->n;
+    memset(group->source, WINNOW_FROM_NOWHERE, sizeof group->source);
+    for (uint32_t i = 0; i < group->n; i++) {
+        uint32_t of_layer, slot;
+        struct winnow_segment *segment =
+            block_segment(session, group->head, group->block[i], &of_layer);
+        uint32_t place = winnow_segment_place(segment, op->layer)[of_layer];
+        if (place) {
+            winnow_arena_pin(core->tiers.arena, place - 1);
+            group->source[i] = WINNOW_FROM_CACHE;
+            group->slot[i] = place - 1;
+            group->data[i] = winnow_arena_data(core->tiers.arena, place - 1);
+            continue;
+        }
+        void *data;
+        uint32_t in_segment = op->layer * segment->shape.n_kv_heads * segment->n_blocks + of_layer;
+        if (!load_place(core, session, staged, stage, &slot, &data))
+            goto fail_give_all;
+        struct winnow_load *load = winnow_load_take(core, session, segment, in_segment,
+                                                    staged ? WINNOW_IO_EXACT : WINNOW_IO_DECODE);
+        if (!load) {
+            if (slot)
+                winnow_arena_release(core->tiers.arena, slot - 1);
+            else
+                winnow_arena_staging_give(core->tiers.arena, data);
+            goto fail_give_all;
+        }
+        load->slot = slot;
+        load->data = data;
+        load->group = group_idx;
+        load->place = i;
+        batch->load[batch->n] = load;
+        batch->read[batch->n++] = (struct winnow_store_read){segment->stored, in_segment, data,
+                                                             winnow_pool_handle(core->loads, load)};
+        group->n_missing++;
+    }
+    return true;
+
+fail_give_all:
+    winnow_group_release(core, session, group);
+    while (batch->n > n_before)
+        winnow_load_abandon(core, batch->load[--batch->n]);
+    group->n_missing = 0;
+    return false;
+}
+
+int winnow_plan_fill(struct winnow_core *core, struct winnow_session *session)
+{
+    struct winnow_op *op = &session->op;
+    struct batch batch = {0};
+    struct winnow_stage stage = {0};
+    bool any_staged = false;
+    int rc = 0;
+    while (rc == 0 && !op->fill_done && op->group_next - op->group_first < WINNOW_N_GROUPS) {
+        uint32_t group_idx = (uint32_t)(op->group_next % WINNOW_N_GROUPS);
+        struct winnow_group *group = &op->run->group[group_idx];
+        struct winnow_cursor cursor = op->cursor;
+        if (!group_choose(session, &cursor, group)) {
+            op->fill_done = true;
+            break;
+        }
+        bool staged = reads_staged(core, session, group->head);
+        if (batch.n + WINNOW_GROUP_BLOCKS > N_READS_ONCE || (batch.n && any_staged != staged))
+            rc = batch_send(core, session, &batch, any_staged ? WINNOW_IO_EXACT : WINNOW_IO_DECODE);
+        if (rc < 0 || !group_place(core, session, group, group_idx, &batch, &stage))
+            break;
+        any_staged = staged;
+        op->certificate.n_blocks_host += group->n - group->n_missing;
+        op->certificate.n_blocks_disk += group->n_missing;
+        if (group->n_missing == 0)
+            group->state = WINNOW_GROUP_READY;
+        op->cursor = cursor;
+        op->group_next++;
+    }
+    winnow_stage_finish(core, &stage);
+    int rc_last =
+        batch_send(core, session, &batch, any_staged ? WINNOW_IO_EXACT : WINNOW_IO_DECODE);
+    return rc < 0 ? rc : rc_last;
+}
+
+/* A verified block: into the cache, unless another step has put it there meanwhile. */
+static void load_admit(struct winnow_core *core, struct winnow_load *load)
+{
+    struct winnow_segment *segment = load->segment;
+    uint32_t blocks_per_layer = segment->shape.n_kv_heads * segment->n_blocks;
+    uint32_t layer = load->block_idx / blocks_per_layer;
+    if (!segment->layer[layer].in_force)
+        return;
+    uint32_t *place = &winnow_segment_place(segment, layer)[load->block_idx % blocks_per_layer];
+    if (*place)
+        return;
+    winnow_arena_cache(core->tiers.arena, load->slot - 1, segment, load->block_idx, true);
+    *place = load->slot;
+    segment->layer[layer].n_places++;
+}
+
+static void bytes_count(struct winnow_core *core, struct winnow_session *session,
+                        const struct winnow_load *load, uint32_t n_bytes)
+{
+    struct winnow_core_stats *stats = session ? &session->stats : &core->stats;
+    if (load->counts_truncate)
+        stats->read_bytes_truncate += n_bytes;
+    else if (session && session->op.number == load->op_number && !session->op.pass) {
+        session->op.certificate.bytes_read += n_bytes;
+        stats->read_bytes_attend += n_bytes;
+    } else {
+        if (session && session->op.number == load->op_number)
+            session->op.certificate.bytes_read += n_bytes;
+        stats->read_bytes_exact += n_bytes;
+    }
+}
+
+void winnow_load_done(struct winnow_core *core, const struct winnow_store_done *done)
+{
+    struct winnow_load *load = winnow_pool_find(core->loads, done->tag);
+    winnow_assert(load);
+    struct winnow_session *session = winnow_pool_find(core->sessions, load->session_handle);
+    bool waits = session && session->op.number == load->op_number && !load->told;
+    bytes_count(core, session, load, done->disk_bytes);
+    bool cached = false;
+    if (done->result == 0 && load->slot && !load->told) {
+        load_admit(core, load);
+        cached = winnow_arena_is_cache(core->tiers.arena, load->slot - 1);
+    }
+    if (waits) {
+        session->op.n_loads--;
+        load->cached = cached;
+        load->gone = done->result != 0;
+        if (session->op.pass)
+            winnow_chunk_loaded(core, session, load, done->result);
+        else
+            winnow_decode_loaded(core, session, load, done->result);
+    }
+    load->told = true;
+    if (done->held)
+        return; /* late: the kernel still owns the memory; a second message gives it back */
+    bool taken_over = waits && done->result == 0;
+    if (!taken_over && !cached) {
+        winnow_load_abandon(core, load);
+        return;
+    }
+    winnow_segment_unref(load->segment);
+    winnow_pool_give(core->loads, load);
+}

@@ -1,0 +1,200 @@
+// Sealing: a span of S tokens becomes a layer of a segment. Its S / 16 full tail blocks a KV head are
+// exactly the slots the segment needs, so the build computes order and index only, and the blocks are
+// repacked in place when the segment comes into force. Rejected: new slots beside the tail's; in
+// decode all layers become due within 32 tokens, and S tokens of every layer would lie in the pool
+// twice.
+//
+// A build reads blocks that nothing writes (full tail blocks are never written again); truncate and
+// close wait for it. Whoever comes to end + 96 in decode waits for it too: by position, never by time.
+#include <base/assert.h>
+#include <core/session.h>
+#include <errno.h>
+#include <string.h>
+
+bool winnow_seal_due(const struct winnow_session *session, uint32_t layer, uint32_t n_beyond)
+{
+    const struct winnow_context *context = session->context;
+    return context->layer[layer].held >= winnow_context_span_end(context, layer) + n_beyond;
+}
+
+static uint32_t span_first(const struct winnow_context *context)
+{
+    return context->n_sinks / WINNOW_BLOCK_TOKENS;
+}
+
+/* fp32 K and V of the span's blocks of one head, then room for the build's scratch. */
+struct span {
+    float *k, *v;
+    void *scratch;
+};
+
+static struct span span_unpack(const struct winnow_item *item, uint32_t worker_idx)
+{
+    const struct winnow_context *context = item->session->context;
+    const struct winnow_model_shape *shape = &context->shape;
+    uint32_t n_span = context->segment_tokens / WINNOW_BLOCK_TOKENS;
+    struct span span = {.k = (float *)(void *)item->scratch[worker_idx]};
+    span.v = span.k + (size_t)context->segment_tokens * shape->k_width;
+    span.scratch = span.v + (size_t)context->segment_tokens * shape->v_width;
+    for (uint32_t i = 0; i < n_span; i++)
+        item->kernels->block_unpack(
+            shape, winnow_context_block(context, item->layer, item->head, span_first(context) + i),
+            span.k + (size_t)i * WINNOW_BLOCK_TOKENS * shape->k_width,
+            span.v + (size_t)i * WINNOW_BLOCK_TOKENS * shape->v_width);
+    return span;
+}
+
+static void build_run(struct winnow_work *work, uint32_t worker_idx)
+{
+    struct winnow_item *item = (struct winnow_item *)work;
+    struct span span = span_unpack(item, worker_idx);
+    struct winnow_index_view view;
+    winnow_segment_view(item->segment, item->layer, item->head, &view);
+    item->result = item->kernels->build(
+        &item->segment->shape, view.n_blocks, span.k, span.v,
+        winnow_segment_order(item->segment, item->layer, item->head), &view, span.scratch);
+}
+
+static void build_done(struct winnow_core *core, struct winnow_item *item)
+{
+    struct winnow_session *session = item->session;
+    struct winnow_session_layer *layer = &session->layer[item->layer];
+    winnow_assert(item->result == 0); /* tail blocks are finite: checked at the door */
+    winnow_assert(layer->seal_state == WINNOW_SEAL_BUILDING && layer->n_builds > 0);
+    session->n_builds--;
+    if (--layer->n_builds == 0)
+        layer->seal_state = WINNOW_SEAL_BUILT;
+    core->progress = true;
+    if (session->closing && session->n_builds == 0 && session->op.state == WINNOW_OP_NONE)
+        winnow_session_destroy(core, session);
+}
+
+static int segment_prepare(struct winnow_core *core, struct winnow_session *session, uint32_t layer)
+{
+    struct winnow_context *context = session->context;
+    uint32_t k = context->layer[layer].n_segments;
+    if (k >= context->n_segments_max)
+        return -EDQUOT;
+    if (!context->segment[k]) {
+        uint64_t first = context->n_sinks + (uint64_t)k * context->segment_tokens;
+        context->segment[k] = winnow_segment_create(&core->tiers, &context->shape,
+                                                    context->segment_tokens / WINNOW_BLOCK_TOKENS,
+                                                    first, context->with_var);
+        if (!context->segment[k])
+            return -EDQUOT;
+    }
+    return winnow_segment_layer_take(context->segment[k], layer);
+}
+
+int winnow_seal_start(struct winnow_core *core, struct winnow_session *session, uint32_t layer,
+                      uint32_t lane)
+{
+    struct winnow_context *context = session->context;
+    struct winnow_session_layer *state = &session->layer[layer];
+    uint32_t n_heads = context->shape.n_kv_heads;
+    if (state->seal_state != WINNOW_SEAL_NONE)
+        return 0;
+    if (winnow_pool_size(core->items) - winnow_pool_used(core->items) < n_heads)
+        return 0; /* the next call tries again; who waits for the build calls again */
+    int rc = segment_prepare(core, session, layer);
+    if (rc < 0)
+        return rc;
+    state->seal_state = WINNOW_SEAL_BUILDING;
+    for (uint32_t head = 0; head < n_heads; head++) {
+        struct winnow_item *item = winnow_item_take(core, session);
+        item->layer = layer;
+        item->head = head;
+        item->segment = context->segment[context->layer[layer].n_segments];
+        state->n_builds++;
+        session->n_builds++;
+        winnow_item_submit(core, item, lane, build_run, build_done);
+    }
+    return 0;
+}
+
+static void permute_run(struct winnow_work *work, uint32_t worker_idx)
+{
+    struct winnow_item *item = (struct winnow_item *)work;
+    const struct winnow_context *context = item->session->context;
+    const struct winnow_model_shape *shape = &context->shape;
+    const uint16_t *order = winnow_segment_order(item->segment, item->layer, item->head);
+    struct span span = span_unpack(item, worker_idx);
+    for (uint32_t b = 0; b < item->segment->n_blocks; b++) {
+        void *block =
+            winnow_context_block(context, item->layer, item->head, span_first(context) + b);
+        for (uint32_t j = 0; j < WINNOW_BLOCK_TOKENS; j++) {
+            size_t from = order[b * WINNOW_BLOCK_TOKENS + j];
+            item->kernels->block_pack(shape, j, 1, span.k + from * shape->k_width,
+                                      span.v + from * shape->v_width, block);
+        }
+    }
+}
+
+/* Slots shared with a fork are copied: the other context keeps its tail. 0; -EAGAIN. */
+static int span_own(struct winnow_core *core, struct winnow_session *session, uint32_t layer)
+{
+    struct winnow_context *context = session->context;
+    uint32_t n_span = context->segment_tokens / WINNOW_BLOCK_TOKENS;
+    uint32_t block_bytes = winnow_block_bytes(&context->shape);
+    for (uint32_t head = 0; head < context->shape.n_kv_heads; head++)
+        for (uint32_t i = 0; i < n_span; i++) {
+            uint32_t *slot = winnow_context_slot(context, layer, head, span_first(context) + i),
+                     own;
+            if (winnow_arena_holders(core->tiers.arena, *slot) == 1)
+                continue;
+            if (winnow_arena_take(core->tiers.arena, block_bytes, 1, &own, core->keep_bytes) < 0)
+                return -EAGAIN;
+            memcpy(winnow_arena_data(core->tiers.arena, own),
+                   winnow_arena_data(core->tiers.arena, *slot), block_bytes);
+            winnow_arena_release(core->tiers.arena, *slot);
+            *slot = own;
+        }
+    return 0;
+}
+
+int winnow_seal_permute(struct winnow_core *core, struct winnow_session *session, uint32_t layer)
+{
+    struct winnow_context *context = session->context;
+    uint32_t n_heads = context->shape.n_kv_heads;
+    winnow_assert(session->layer[layer].seal_state == WINNOW_SEAL_BUILT);
+    if (winnow_pool_size(core->items) - winnow_pool_used(core->items) < n_heads)
+        return -EAGAIN;
+    if (span_own(core, session, layer) < 0) {
+        winnow_spill_pump(core, true);
+        if (winnow_core_is_stuck(core))
+            winnow_op_fail(&session->op, -EDQUOT,
+                           "no slots to seal layer %u: host_pool %llu MiB. hint: a larger "
+                           "host_pool, fewer forks",
+                           layer, (unsigned long long)(core->options.host_pool_bytes >> 20));
+        return -EAGAIN;
+    }
+    for (uint32_t head = 0; head < n_heads; head++) {
+        struct winnow_item *item = winnow_item_take(core, session);
+        item->layer = layer;
+        item->head = head;
+        item->segment = context->segment[context->layer[layer].n_segments];
+        session->op.n_items++;
+        winnow_item_submit(core, item, WINNOW_LANE_DECODE, permute_run, winnow_item_done);
+    }
+    return 0;
+}
+
+void winnow_seal_publish(struct winnow_core *core, struct winnow_session *session, uint32_t layer)
+{
+    struct winnow_context *context = session->context;
+    struct winnow_segment *segment = context->segment[context->layer[layer].n_segments];
+    winnow_context_seal(context, layer);
+    session->layer[layer].seal_state = WINNOW_SEAL_NONE;
+    winnow_spill_queue(core, segment, layer);
+    core->progress = true;
+}
+
+void winnow_seal_forget(struct winnow_session *session, uint32_t layer)
+{
+    struct winnow_context *context = session->context;
+    struct winnow_session_layer *state = &session->layer[layer];
+    winnow_assert(state->n_builds == 0);
+    if (state->seal_state == WINNOW_SEAL_BUILT)
+        winnow_segment_layer_give(context->segment[context->layer[layer].n_segments], layer);
+    state->seal_state = WINNOW_SEAL_NONE;
+}

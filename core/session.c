@@ -1,0 +1,288 @@
+// Sessions: what opens, forks and ends them, what each of a shape needs, and what Stats say.
+#include <base/alloc.h>
+#include <base/assert.h>
+#include <core/session.h>
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+
+double winnow_core_index_bytes_per_token(const struct winnow_model_shape *shape)
+{
+    uint32_t n_blocks = 1024 / WINNOW_BLOCK_TOKENS;
+    size_t layer_bytes = winnow_segment_piece_bytes(shape, n_blocks, false) +
+                         shape->n_kv_heads * n_blocks * sizeof(uint32_t);
+    return (double)layer_bytes * shape->n_layers / 1024;
+}
+
+uint64_t winnow_core_session_need_bytes(const struct winnow_core *core,
+                                        const struct winnow_model_shape *shape, char text[256])
+{
+    uint64_t block_bytes = winnow_block_bytes(shape), n_heads = shape->n_kv_heads;
+    uint64_t tail_blocks =
+        (64 + core->options.segment_tokens + WINNOW_SEAL_TOKENS) / WINNOW_BLOCK_TOKENS + 1;
+    uint64_t tail_bytes = shape->n_layers * n_heads * tail_blocks * block_bytes;
+    uint64_t window_bytes =
+        n_heads * (WINNOW_WINDOW_POSITIONS / WINNOW_BLOCK_TOKENS + 1) * block_bytes;
+    uint64_t step_bytes = (uint64_t)WINNOW_STEP_SLOTS * block_bytes * core->n_runs_max;
+    struct winnow_arena_use use;
+    winnow_arena_use(core->tiers.arena, &use);
+    uint64_t need_bytes = tail_bytes + window_bytes + step_bytes + use.staging_bytes;
+    snprintf(text, 256, "tails %.1f + window %.1f + steps %.1f + staging %.1f = %.1f MiB",
+             (double)tail_bytes / (1 << 20), (double)window_bytes / (1 << 20),
+             (double)step_bytes / (1 << 20), (double)use.staging_bytes / (1 << 20),
+             (double)need_bytes / (1 << 20));
+    return need_bytes;
+}
+
+uint64_t winnow_core_fixed_bytes(const struct winnow_core *core)
+{
+    uint64_t n_slots = core->options.host_pool_bytes / WINNOW_PAGE_BYTES;
+    return sizeof *core + n_slots * 40 +
+           winnow_index_memory_cap(core->tiers.index) / WINNOW_PAGE_BYTES / 8 +
+           core->n_runs_max * sizeof(struct winnow_run) +
+           winnow_pool_size(core->sessions) * sizeof(struct winnow_session) +
+           WINNOW_N_ITEMS * sizeof(struct winnow_item) +
+           WINNOW_N_LOADS * sizeof(struct winnow_load);
+}
+
+static int options_check(struct winnow_core *core, struct winnow_request *request)
+{
+    struct winnow_session_options *options = &request->open.options;
+    char *text = request->text;
+    if (!options->n_sinks)
+        options->n_sinks = 16;
+    if (!options->policy)
+        options->policy = core->options.policy;
+    if (!(options->mass > 0))
+        options->mass = core->options.mass;
+    if (options->n_sinks % WINNOW_BLOCK_TOKENS || options->n_sinks > 64)
+        snprintf(text, 256, "n_sinks %u is not 16, 32, 48 or 64", options->n_sinks);
+    else if (options->policy > WINNOW_POLICY_EXACT)
+        snprintf(text, 256, "policy %u is none of codes, tactic, moment, exact", options->policy);
+    else if (options->mass > 1)
+        snprintf(text, 256, "mass %g is not in (0, 1]", (double)options->mass);
+    else if (options->n_tokens_max > core->options.n_tokens_max)
+        snprintf(text, 256, "n_tokens_max %llu exceeds %llu",
+                 (unsigned long long)options->n_tokens_max,
+                 (unsigned long long)core->options.n_tokens_max);
+    else
+        return options->admit_nonfinite ? -ENOTSUP : 0;
+    return -EINVAL;
+}
+
+static int shape_check(struct winnow_core *core, struct winnow_request *request)
+{
+    struct winnow_model_shape *shape = &request->open.shape;
+    char sum[256];
+    if (!shape->block_layout)
+        shape->block_layout = WINNOW_BLOCK_LAYOUT;
+    int rc = winnow_model_shape_check(shape, request->text);
+    if (rc < 0)
+        return rc;
+    uint64_t need_bytes = winnow_core_session_need_bytes(core, shape, sum);
+    if (need_bytes > core->options.host_pool_bytes) {
+        snprintf(
+            request->text, sizeof request->text,
+            "host_pool %llu MiB is below the %.130s this model needs. hint: host_pool = %lluMiB",
+            (unsigned long long)(core->options.host_pool_bytes >> 20), sum,
+            (unsigned long long)(need_bytes / (1 << 20) + 2));
+        return -EDQUOT;
+    }
+    uint64_t tokens = request->open.options.n_tokens_max;
+    double index_bytes = winnow_core_index_bytes_per_token(shape) * (double)tokens;
+    uint64_t free_bytes =
+        winnow_index_memory_cap(core->tiers.index) - winnow_index_memory_used(core->tiers.index);
+    if (index_bytes > (double)free_bytes) {
+        snprintf(request->text, sizeof request->text,
+                 "index of %llu tokens needs %.0f MiB, index_memory has %llu MiB free. hint: a "
+                 "larger index_memory",
+                 (unsigned long long)tokens, index_bytes / (1 << 20),
+                 (unsigned long long)(free_bytes >> 20));
+        return -EDQUOT;
+    }
+    return 0;
+}
+
+static uint64_t session_id_make(struct winnow_core *core, const struct winnow_session *session)
+{
+    uint64_t slot = winnow_pool_handle(core->sessions, session) & 0xfffff, id;
+    do
+        id = (winnow_rng_next(&core->rng) & ~UINT64_C(0xfffff)) | slot;
+    while (id >> 20 == 0);
+    return id;
+}
+
+/* An empty session; NULL: no slot or no memory. */
+static struct winnow_session *session_create(struct winnow_core *core, uint64_t owner,
+                                             const struct winnow_model_shape *shape,
+                                             const struct winnow_session_options *options)
+{
+    struct winnow_session *session = winnow_pool_take(core->sessions);
+    if (!session)
+        return NULL;
+    *session = (struct winnow_session){.owner = owner, .options = *options, .epoch = 1};
+    session->queue_last = &session->queue_first;
+    session->id = session_id_make(core, session);
+    uint64_t n_tokens_max =
+        options->n_tokens_max ? options->n_tokens_max : core->options.n_tokens_max;
+    session->context = winnow_context_create(
+        &core->tiers, shape, core->options.segment_tokens, options->n_sinks, n_tokens_max,
+        WINNOW_WINDOW_TOKENS_MAX, options->policy == WINNOW_POLICY_MOMENT);
+    session->layer = winnow_alloc_array(shape->n_layers, sizeof *session->layer);
+    session->heavy =
+        winnow_alloc_array((size_t)shape->n_layers * shape->n_kv_heads, sizeof *session->heavy);
+    if (!session->context || !session->layer || !session->heavy ||
+        winnow_core_scratch_grow(core, shape, core->options.segment_tokens) < 0) {
+        winnow_session_destroy(core, session);
+        return NULL;
+    }
+    return session;
+}
+
+static void stats_add(struct winnow_core_stats *sum, const struct winnow_core_stats *one)
+{
+    for (int i = 0; i < 5; i++)
+        sum->n_steps[i] += one->n_steps[i];
+    sum->n_second_rounds += one->n_second_rounds;
+    sum->n_exact_windows += one->n_exact_windows;
+    sum->n_blocks_total += one->n_blocks_total;
+    sum->n_blocks_host += one->n_blocks_host;
+    sum->n_blocks_disk += one->n_blocks_disk;
+    sum->read_bytes_attend += one->read_bytes_attend;
+    sum->read_bytes_exact += one->read_bytes_exact;
+    sum->read_bytes_readahead += one->read_bytes_readahead;
+    sum->read_bytes_truncate += one->read_bytes_truncate;
+    sum->mass_sum_micro += one->mass_sum_micro;
+    sum->n_mass += one->n_mass;
+}
+
+void winnow_session_destroy(struct winnow_core *core, struct winnow_session *session)
+{
+    winnow_assert(session->n_builds == 0);
+    if (session->context && session->layer)
+        for (uint32_t layer = 0; layer < session->context->shape.n_layers; layer++)
+            winnow_seal_forget(session, layer);
+    stats_add(&core->stats, &session->stats);
+    winnow_context_destroy(session->context);
+    winnow_alloc_free(session->layer);
+    winnow_alloc_free(session->heavy);
+    winnow_pool_give(core->sessions, session);
+    core->tiers.spill_refused = false; /* its grains are free */
+    core->progress = true;
+}
+
+void winnow_open(struct winnow_core *core, struct winnow_request *request)
+{
+    request->status = options_check(core, request);
+    if (request->status == -ENOTSUP)
+        snprintf(request->text, sizeof request->text,
+                 "admit_nonfinite: an index of NaN finds nothing. hint: leave it out");
+    if (request->status == 0)
+        request->status = shape_check(core, request);
+    if (request->status < 0)
+        return;
+    struct winnow_session *session =
+        session_create(core, request->owner, &request->open.shape, &request->open.options);
+    if (!session) {
+        request->status = -EDQUOT;
+        snprintf(request->text, sizeof request->text,
+                 "%u sessions are open, or memory is out. hint: sessions_max",
+                 winnow_pool_used(core->sessions));
+        return;
+    }
+    memcpy(session->label, request->open.label, sizeof session->label);
+    uint64_t keep_bytes =
+        (uint64_t)WINNOW_STEP_SLOTS * winnow_block_bytes(&request->open.shape) * core->n_runs_max;
+    if (keep_bytes > core->keep_bytes)
+        core->keep_bytes = keep_bytes;
+    request->open.ret_session_id = session->id;
+    request->open.ret_segment_tokens = core->options.segment_tokens;
+    request->open.ret_n_sinks = request->open.options.n_sinks;
+    request->epoch = session->epoch;
+    request->n_held = 0;
+}
+
+int winnow_fork(struct winnow_core *core, struct winnow_session *session,
+                struct winnow_request *request)
+{
+    struct winnow_session *fork =
+        session_create(core, session->owner, &session->context->shape, &session->options);
+    if (!fork) {
+        snprintf(request->text, sizeof request->text,
+                 "%u sessions are open, or memory is out. hint: sessions_max",
+                 winnow_pool_used(core->sessions));
+        return -EDQUOT;
+    }
+    int rc = winnow_context_fork(session->context, fork->context, core->keep_bytes);
+    if (rc < 0) {
+        bool progress = core->progress;
+        winnow_session_destroy(core, fork);
+        core->progress = progress; /* nothing was freed that was not taken here */
+        winnow_spill_pump(core, true);
+        if (rc == -EINVAL)
+            snprintf(request->text, sizeof request->text,
+                     "layers hold different numbers of tokens. hint: truncate to %llu evens them",
+                     (unsigned long long)winnow_context_held(session->context));
+        else if (winnow_core_is_stuck(core)) {
+            snprintf(request->text, sizeof request->text,
+                     "no room for the fork's tail: host_pool %llu MiB. hint: a larger host_pool",
+                     (unsigned long long)(core->options.host_pool_bytes >> 20));
+            return -EDQUOT;
+        }
+        return rc;
+    }
+    size_t n_heads = (size_t)session->context->shape.n_layers * session->context->shape.n_kv_heads;
+    memcpy(fork->heavy, session->heavy, n_heads * sizeof *fork->heavy);
+    fork->n_heavy = session->n_heavy;
+    memcpy(fork->label, session->label, sizeof fork->label);
+    request->fork.ret_session_id = fork->id;
+    request->epoch = fork->epoch;
+    return 0;
+}
+
+// --- stats --------------------------------------------------------------------------------------
+
+static void session_add(const struct winnow_session *session, struct winnow_core_stats *stats)
+{
+    const struct winnow_context *context = session->context;
+    const struct winnow_model_shape *shape = &context->shape;
+    uint64_t token_bytes = winnow_block_bytes(shape) / WINNOW_BLOCK_TOKENS * shape->n_kv_heads;
+    stats->n_sessions++;
+    stats->n_tokens_held += winnow_context_held(context);
+    stats->n_tokens_sealed += winnow_context_sealed(context);
+    for (uint32_t layer = 0; layer < shape->n_layers; layer++) {
+        const struct winnow_context_layer *state = &context->layer[layer];
+        stats->kv_bytes += state->held * token_bytes;
+        stats->kv_host_bytes +=
+            (state->held - (uint64_t)state->n_segments * context->segment_tokens) * token_bytes;
+        for (uint32_t k = 0; k < state->n_segments; k++) {
+            const struct winnow_segment_layer *sealed = &context->segment[k]->layer[layer];
+            stats->kv_host_bytes += (uint64_t)sealed->n_places * context->segment[k]->block_bytes;
+            if (sealed->on_disk)
+                stats->kv_disk_bytes += context->segment_tokens * token_bytes;
+        }
+    }
+    stats_add(stats, &session->stats);
+}
+
+void winnow_stats_fill(struct winnow_core *core, struct winnow_request *request)
+{
+    struct winnow_core_stats *stats = &request->stats;
+    struct winnow_arena_use use;
+    uint64_t session_id = request->session_id;
+    *stats = session_id ? (struct winnow_core_stats){0} : core->stats;
+    for (uint32_t i = 0; i < winnow_pool_size(core->sessions); i++) {
+        const struct winnow_session *session = winnow_pool_at(core->sessions, i);
+        if (session && !session->closing && (!session_id || session->id == session_id) &&
+            (!request->owner || session->owner == request->owner))
+            session_add(session, stats);
+    }
+    winnow_arena_use(core->tiers.arena, &use);
+    stats->pool_tail_bytes = use.held_bytes;
+    stats->pool_cache_bytes = use.cache_bytes;
+    stats->pool_staging_bytes = use.staging_bytes;
+    stats->pool_free_bytes = use.free_bytes;
+    stats->pool_cap_bytes = use.pool_bytes;
+    stats->index_bytes = winnow_index_memory_used(core->tiers.index);
+    stats->index_cap_bytes = winnow_index_memory_cap(core->tiers.index);
+}

@@ -1,0 +1,144 @@
+// Spill: sealed layers go to disk when the pool passes 80 %, oldest first, so that their slots can be
+// reused. A layer's blocks are copied into staging in disk order and written from there: one
+// sequential write serves slots that lie anywhere. Only when every write of a layer has completed are
+// its blocks clean, and only clean blocks are ever evicted.
+#include <base/assert.h>
+#include <core/session.h>
+#include <errno.h>
+#include <string.h>
+
+enum { N_SPILLS_MAX = 2 };
+static const uint64_t SPILL_TAG = UINT64_C(1)
+                                  << 62; /* tells writes from reads; the rest: address */
+
+void winnow_spill_queue(struct winnow_core *core, struct winnow_segment *segment, uint32_t layer)
+{
+    struct winnow_segment_layer *state = &segment->layer[layer];
+    winnow_assert(state->in_force && !state->on_disk && !state->waits_to_spill);
+    state->waits_to_spill = true;
+    state->next_spill = NULL;
+    *core->tiers.spill_last = state;
+    core->tiers.spill_last = &state->next_spill;
+}
+
+/* A write under way: a piece of staging and the layer whose blocks it holds. */
+static uint64_t spill_tag(const struct winnow_core *core, const void *piece)
+{
+    size_t n_bytes;
+    uint64_t offset = (uint64_t)((const uint8_t *)piece -
+                                 (uint8_t *)winnow_arena_base(core->tiers.arena, &n_bytes));
+    return SPILL_TAG | offset / WINNOW_STAGING_BYTES;
+}
+
+static int stored_prepare(struct winnow_core *core, struct winnow_segment *segment)
+{
+    if (segment->stored)
+        return 0;
+    return winnow_store_segment_create(core->tiers.store, segment->shape.n_layers,
+                                       segment->shape.n_kv_heads * segment->n_blocks,
+                                       segment->block_bytes, segment->block_crc, &segment->stored);
+}
+
+/* Copies blocks [first, first + n) of the layer into the piece and writes them. */
+static int piece_write(struct winnow_core *core, struct winnow_segment_layer *state, uint32_t first,
+                       uint32_t n, uint8_t *piece)
+{
+    struct winnow_segment *segment = state->segment;
+    uint32_t layer = (uint32_t)(state - segment->layer);
+    uint32_t blocks_per_layer = segment->shape.n_kv_heads * segment->n_blocks;
+    const uint32_t *place = winnow_segment_place(segment, layer);
+    for (uint32_t i = 0; i < n; i++)
+        memcpy(piece + (size_t)i * segment->block_bytes,
+               winnow_arena_data(core->tiers.arena, place[first + i] - 1), segment->block_bytes);
+    int rc = winnow_store_write(core->tiers.store, segment->stored,
+                                layer * blocks_per_layer + first, n, piece, spill_tag(core, piece));
+    if (rc < 0)
+        return rc;
+    core->spill_of_piece[spill_tag(core, piece) & ~SPILL_TAG] = state;
+    if (state->n_writes++ == 0) {
+        winnow_segment_ref(segment);
+        core->n_spills++;
+    }
+    return 0;
+}
+
+static void layer_clean(struct winnow_core *core, struct winnow_segment_layer *state)
+{
+    struct winnow_segment *segment = state->segment;
+    uint32_t *place = winnow_segment_place(segment, (uint32_t)(state - segment->layer));
+    state->on_disk = true;
+    for (uint32_t i = 0; i < segment->shape.n_kv_heads * segment->n_blocks; i++)
+        winnow_arena_clean(core->tiers.arena, place[i] - 1);
+}
+
+/* Sends the layer's next pieces while staging has some. True: all are sent. */
+static bool layer_write(struct winnow_core *core, struct winnow_segment_layer *state)
+{
+    struct winnow_segment *segment = state->segment;
+    uint32_t n_all = segment->shape.n_kv_heads * segment->n_blocks;
+    uint32_t n_piece = WINNOW_STAGING_BYTES / segment->block_bytes;
+    while (state->n_written < n_all) {
+        uint8_t *piece = winnow_arena_staging_take(core->tiers.arena);
+        if (!piece)
+            return false;
+        uint32_t n = n_all - state->n_written < n_piece ? n_all - state->n_written : n_piece;
+        if (piece_write(core, state, state->n_written, n, piece) < 0) {
+            winnow_arena_staging_give(core->tiers.arena, piece);
+            return false;
+        }
+        state->n_written += n;
+    }
+    return true;
+}
+
+void winnow_spill_pump(struct winnow_core *core, bool wanted)
+{
+    struct winnow_tiers *tiers = &core->tiers;
+    if (!tiers->store || core->tiers.spill_refused)
+        return;
+    while (tiers->spill_first &&
+           (wanted || tiers->spill_first->n_written || winnow_arena_pressed(tiers->arena))) {
+        struct winnow_segment_layer *state = tiers->spill_first;
+        if (state->n_written == 0 && core->n_spills >= N_SPILLS_MAX)
+            return;
+        int rc = stored_prepare(core, state->segment);
+        core->spill_grows = rc == -EAGAIN;
+        if (rc < 0) {
+            core->tiers.spill_refused =
+                rc != -EAGAIN; /* at the cap: until a segment gives its grains back */
+            return;
+        }
+        if (!layer_write(core, state))
+            return;
+        tiers->spill_first = state->next_spill;
+        if (!tiers->spill_first)
+            tiers->spill_last = &tiers->spill_first;
+        state->waits_to_spill = false;
+        wanted = false;
+    }
+}
+
+void winnow_spill_done(struct winnow_core *core, const struct winnow_store_done *done)
+{
+    size_t n_bytes;
+    uint64_t piece_idx = done->tag & ~SPILL_TAG;
+    uint8_t *base = winnow_arena_base(core->tiers.arena, &n_bytes);
+    struct winnow_segment_layer *state = core->spill_of_piece[piece_idx];
+    struct winnow_segment *segment = state->segment;
+    if (done->held)
+        return;
+    core->stats.written_bytes += done->disk_bytes;
+    winnow_arena_staging_give(core->tiers.arena, base + piece_idx * WINNOW_STAGING_BYTES);
+    state->write_failed |= done->result < 0;
+    if (--state->n_writes > 0)
+        return;
+    core->n_spills--;
+    bool complete = state->n_written == segment->shape.n_kv_heads * segment->n_blocks;
+    if (complete && !state->write_failed) {
+        layer_clean(core, state);
+    } else if (complete) { /* the layer stays in memory */
+        state->write_failed = false;
+        core->tiers.spill_refused = true;
+    }
+    winnow_segment_unref(segment);
+}

@@ -1,3 +1,4 @@
+#include <core/core.h>
 #include <daemon/limits.h>
 #include <inttypes.h>
 #include <sched.h>
@@ -14,6 +15,8 @@
 #define PROCESS_BYTES (24 * MIB)
 /* What a live stream costs gRPC and us beside its data: call, metadata, transport entry. */
 #define CALL_BYTES (16 << 10)
+/* A block read or written by the store: its request, and its places in three rings. */
+#define IO_REQUEST_BYTES 192
 /* A request in the core, with its errors' counters. */
 #define ITEM_BYTES (2 << 10)
 
@@ -134,13 +137,14 @@ void winnow_limits_plan(const struct winnow_config *config, const struct winnow_
         .n_clients_max = (uint32_t)clamp(pool / MIB, 32, 1024),
         .n_items_max = (uint32_t)clamp(pool / (64 << 10), 768, 4096),
         .n_steps_max = 16,
-        .n_io_max = (uint32_t)clamp(pool / (64 << 10), 256, 4096),
         .process_bytes = PROCESS_BYTES,
     };
     limits->window_bytes = limits->in_flight_bytes;
+    limits->window_tokens = WINNOW_WINDOW_TOKENS_MAX;
     limits->lookahead_bytes = clamp(limits->in_flight_bytes / 8, 256 << 10, 8 * MIB);
     limits->n_segments_max = (uint32_t)clamp(limits->disk_cap_bytes / (2 * MIB), 64, 1 << 20);
-    limits->io_bytes = 2 * MIB + limits->n_io_max * 256 + (uint64_t)limits->n_segments_max * 64;
+    limits->io_bytes =
+        2 * MIB + WINNOW_STORE_REQUESTS * IO_REQUEST_BYTES + (uint64_t)limits->n_segments_max * 64;
     limits->rpc_bytes = (uint64_t)limits->n_calls_max * CALL_BYTES +
                         (uint64_t)limits->n_items_max * ITEM_BYTES +
                         (uint64_t)config->n_sessions_max * 512 + 4 * limits->lookahead_bytes;

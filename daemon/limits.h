@@ -27,6 +27,7 @@ struct winnow_limits {
 
     uint64_t in_flight_bytes; /* Append and AttendExact data, all streams together */
     uint64_t window_bytes;    /* q, k, v, out, lse of one AttendExact window */
+    uint32_t window_tokens;   /* of one window or Append chunk */
     uint64_t lookahead_bytes; /* what gRPC takes of a stream before we ask */
     uint32_t n_posted;        /* calls awaited at once */
     uint32_t n_calls_max;     /* calls at once; the last n_calls_reserved are no streams' */
@@ -34,7 +35,6 @@ struct winnow_limits {
     uint32_t n_clients_max;  /* leases */
     uint32_t n_items_max;    /* requests in the core at once */
     uint32_t n_steps_max;    /* of them steps that run */
-    uint32_t n_io_max;       /* store requests outstanding */
     uint32_t n_segments_max; /* on disk */
 
     /* Of the printed sum, beside the caps and in flight. */

@@ -164,7 +164,7 @@ static int open_store(struct daemon *daemon)
         .io_method = daemon->config.io_method,
         .arena = arena,
         .arena_bytes = arena_bytes,
-        .n_requests_max = daemon->limits.n_io_max,
+        .n_requests_max = WINNOW_STORE_REQUESTS,
         .n_segments_max = daemon->limits.n_segments_max,
         .notify = winnow_rpc_wake,
         .notify_arg = daemon->rpc,

@@ -11,8 +11,8 @@ enum { N_MODELS_MAX = 64 };
 
 struct winnow_registry {
     struct winnow_pool *leases, *sessions;
-    struct winnow_session **bucket; /* by session id, whose bits are random */
-    uint32_t n_buckets;             /* a power of two */
+    struct winnow_registry_session **bucket; /* by session id, whose bits are random */
+    uint32_t n_buckets;                      /* a power of two */
     uint64_t last_lease_id;
     uint32_t last_model_number;
     struct winnow_model model[N_MODELS_MAX];
@@ -27,11 +27,12 @@ int winnow_registry_create(uint32_t n_leases_max, uint32_t n_sessions_max,
     registry->n_buckets = 1;
     while (registry->n_buckets < n_sessions_max)
         registry->n_buckets *= 2;
-    registry->bucket = winnow_alloc_array(registry->n_buckets, sizeof(struct winnow_session *));
+    registry->bucket =
+        winnow_alloc_array(registry->n_buckets, sizeof(struct winnow_registry_session *));
     if (!registry->bucket ||
         winnow_pool_create(n_leases_max, sizeof(struct winnow_lease), &registry->leases) < 0 ||
-        winnow_pool_create(n_sessions_max, sizeof(struct winnow_session), &registry->sessions) <
-            0) {
+        winnow_pool_create(n_sessions_max, sizeof(struct winnow_registry_session),
+                           &registry->sessions) < 0) {
         winnow_registry_destroy(registry);
         return -ENOMEM;
     }
@@ -66,9 +67,9 @@ void winnow_lease_give(struct winnow_registry *registry, struct winnow_lease *le
 {
     uint32_t n_places = winnow_pool_size(registry->sessions);
     for (uint32_t i = 0; i < n_places && lease->n_sessions; i++) {
-        struct winnow_session *session = winnow_pool_at(registry->sessions, i);
+        struct winnow_registry_session *session = winnow_pool_at(registry->sessions, i);
         if (session && session->lease == lease)
-            winnow_session_drop(registry, session);
+            winnow_registry_session_drop(registry, session);
     }
     winnow_assert(!lease->n_sessions);
     winnow_pool_give(registry->leases, lease);
@@ -135,28 +136,31 @@ struct winnow_model *winnow_model_find(struct winnow_registry *registry, uint32_
     return NULL;
 }
 
-static struct winnow_session **bucket_of(struct winnow_registry *registry, uint64_t id)
+static struct winnow_registry_session **bucket_of(struct winnow_registry *registry, uint64_t id)
 {
     return &registry->bucket[id & (registry->n_buckets - 1)];
 }
 
-struct winnow_session *winnow_session_add(struct winnow_registry *registry, uint64_t id,
-                                          struct winnow_lease *lease, struct winnow_model *model)
+struct winnow_registry_session *winnow_registry_session_add(struct winnow_registry *registry,
+                                                            uint64_t id, struct winnow_lease *lease,
+                                                            struct winnow_model *model)
 {
-    struct winnow_session *session = winnow_pool_take(registry->sessions);
+    struct winnow_registry_session *session = winnow_pool_take(registry->sessions);
     if (!session)
         return NULL;
-    struct winnow_session **bucket = bucket_of(registry, id);
-    *session = (struct winnow_session){.next = *bucket, .id = id, .lease = lease, .model = model};
+    struct winnow_registry_session **bucket = bucket_of(registry, id);
+    *session =
+        (struct winnow_registry_session){.next = *bucket, .id = id, .lease = lease, .model = model};
     *bucket = session;
     lease->n_sessions++;
     model->n_sessions++;
     return session;
 }
 
-void winnow_session_drop(struct winnow_registry *registry, struct winnow_session *session)
+void winnow_registry_session_drop(struct winnow_registry *registry,
+                                  struct winnow_registry_session *session)
 {
-    struct winnow_session **link = bucket_of(registry, session->id);
+    struct winnow_registry_session **link = bucket_of(registry, session->id);
     while (*link != session)
         link = &(*link)->next;
     *link = session->next;
@@ -165,38 +169,40 @@ void winnow_session_drop(struct winnow_registry *registry, struct winnow_session
     winnow_pool_give(registry->sessions, session);
 }
 
-struct winnow_session *winnow_session_find(struct winnow_registry *registry, uint64_t id,
-                                           const struct winnow_lease *lease)
+struct winnow_registry_session *winnow_registry_session_find(struct winnow_registry *registry,
+                                                             uint64_t id,
+                                                             const struct winnow_lease *lease)
 {
-    for (struct winnow_session *at = *bucket_of(registry, id); at; at = at->next)
+    for (struct winnow_registry_session *at = *bucket_of(registry, id); at; at = at->next)
         if (at->id == id)
             return lease && at->lease == lease ? at : NULL;
     return NULL;
 }
 
-struct winnow_session *winnow_session_of_request(struct winnow_registry *registry,
-                                                 const struct winnow_lease *lease,
-                                                 const uint8_t request_id[16])
+struct winnow_registry_session *winnow_registry_session_of_request(struct winnow_registry *registry,
+                                                                   const struct winnow_lease *lease,
+                                                                   const uint8_t request_id[16])
 {
     for (uint32_t i = 0; i < winnow_pool_size(registry->sessions); i++) {
-        struct winnow_session *session = winnow_pool_at(registry->sessions, i);
+        struct winnow_registry_session *session = winnow_pool_at(registry->sessions, i);
         if (session && session->lease == lease && !memcmp(session->request_id, request_id, 16))
             return session;
     }
     return NULL;
 }
 
-struct winnow_session *winnow_session_at(struct winnow_registry *registry, uint32_t idx)
+struct winnow_registry_session *winnow_registry_session_at(struct winnow_registry *registry,
+                                                           uint32_t idx)
 {
     return winnow_pool_at(registry->sessions, idx);
 }
 
-uint32_t winnow_session_places(const struct winnow_registry *registry)
+uint32_t winnow_registry_session_places(const struct winnow_registry *registry)
 {
     return winnow_pool_size(registry->sessions);
 }
 
-uint32_t winnow_session_count(const struct winnow_registry *registry)
+uint32_t winnow_registry_session_count(const struct winnow_registry *registry)
 {
     return winnow_pool_used(registry->sessions);
 }

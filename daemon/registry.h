@@ -25,9 +25,9 @@ struct winnow_model {
     struct winnow_model_shape shape;
 };
 
-struct winnow_session {
-    struct winnow_session *next; /* of the same bucket */
-    uint64_t id;                 /* random, the core's */
+struct winnow_registry_session {
+    struct winnow_registry_session *next; /* of the same bucket */
+    uint64_t id;                          /* random, the core's */
     struct winnow_lease *lease;
     struct winnow_model *model;
     uint32_t epoch, segment_tokens, n_sinks;
@@ -60,16 +60,20 @@ struct winnow_model *winnow_model_take(struct winnow_registry *registry,
 struct winnow_model *winnow_model_find(struct winnow_registry *registry, uint32_t number);
 
 /* A session of the lease; the caller fills the rest. NULL: n_sessions_max are held. */
-struct winnow_session *winnow_session_add(struct winnow_registry *registry, uint64_t id,
-                                          struct winnow_lease *lease, struct winnow_model *model);
-void winnow_session_drop(struct winnow_registry *registry, struct winnow_session *session);
-struct winnow_session *winnow_session_find(struct winnow_registry *registry, uint64_t id,
-                                           const struct winnow_lease *lease);
+struct winnow_registry_session *winnow_registry_session_add(struct winnow_registry *registry,
+                                                            uint64_t id, struct winnow_lease *lease,
+                                                            struct winnow_model *model);
+void winnow_registry_session_drop(struct winnow_registry *registry,
+                                  struct winnow_registry_session *session);
+struct winnow_registry_session *winnow_registry_session_find(struct winnow_registry *registry,
+                                                             uint64_t id,
+                                                             const struct winnow_lease *lease);
 /* The lease's session that was opened by this request id, for a repeated OpenSession or Fork. */
-struct winnow_session *winnow_session_of_request(struct winnow_registry *registry,
-                                                 const struct winnow_lease *lease,
-                                                 const uint8_t request_id[16]);
-/* Session number `idx` below winnow_session_places, or NULL: none there. */
-struct winnow_session *winnow_session_at(struct winnow_registry *registry, uint32_t idx);
-uint32_t winnow_session_places(const struct winnow_registry *registry);
-uint32_t winnow_session_count(const struct winnow_registry *registry);
+struct winnow_registry_session *winnow_registry_session_of_request(struct winnow_registry *registry,
+                                                                   const struct winnow_lease *lease,
+                                                                   const uint8_t request_id[16]);
+/* Session number `idx` below winnow_registry_session_places, or NULL: none there. */
+struct winnow_registry_session *winnow_registry_session_at(struct winnow_registry *registry,
+                                                           uint32_t idx);
+uint32_t winnow_registry_session_places(const struct winnow_registry *registry);
+uint32_t winnow_registry_session_count(const struct winnow_registry *registry);

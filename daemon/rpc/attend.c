@@ -208,7 +208,8 @@ static int fill_item(struct winnow_rpc_call *call, struct winnow_rpc_item *item,
     const uint32_t known =
         WINNOW_WIRE_HAS_KV | WINNOW_WIRE_WANT_LSE | WINNOW_WIRE_EXACT | WINNOW_WIRE_ALLOW_DEGRADED;
     struct winnow_lease *lease = winnow_lease_of_id(call->rpc->registry, call->lease_id);
-    struct winnow_session *session = winnow_session_find(call->rpc->registry, from->session, lease);
+    struct winnow_registry_session *session =
+        winnow_registry_session_find(call->rpc->registry, from->session, lease);
     if (!session || session->model != model)
         return -ENOENT;
     if (from->flags & ~known) {

@@ -122,8 +122,8 @@ struct winnow_rpc_open {
     uint64_t lease_id;
     uint8_t request_id[16], weights_id[32], branch[32];
     size_t weights_id_bytes, branch_bytes;
-    struct winnow_session parent; /* of a fork, as it was */
-    uint64_t session_id;          /* of the session opened before by the same request id */
+    struct winnow_registry_session parent; /* of a fork, as it was */
+    uint64_t session_id;                   /* of the session opened before by the same request id */
     char label[65];
 };
 
@@ -181,7 +181,7 @@ struct winnow_rpc {
     grpc_completion_queue *queue;
     grpc_channel *wake_channel; /* to nowhere */
     grpc_call *wake_call;       /* an empty batch on it posts wake_tag */
-    grpc_metadata boot; /* initial metadata of every call */
+    grpc_metadata boot;         /* initial metadata of every call */
     struct winnow_rpc_tag wake_tag, shutdown_tag;
     uint32_t n_posted;
     bool is_draining, is_shut_down;
@@ -223,8 +223,9 @@ void winnow_rpc_reserve(struct winnow_rpc_call *call, uint64_t n_bytes);
 void winnow_rpc_unreserve(struct winnow_rpc_call *call);
 void winnow_rpc_cancel_items(struct winnow_rpc *rpc, uint64_t lease_id);
 /* The lease and session of a request; NULL after the call has failed with the one denial. */
-struct winnow_session *winnow_rpc_session(struct winnow_rpc_call *call,
-                                          const ProtobufCBinaryData *token, uint64_t session_id);
+struct winnow_registry_session *winnow_rpc_session(struct winnow_rpc_call *call,
+                                                   const ProtobufCBinaryData *token,
+                                                   uint64_t session_id);
 
 #define WINNOW_NO_SUCH_SESSION "no such session. hint: open it again"
 

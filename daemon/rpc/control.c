@@ -79,6 +79,7 @@ static void info_message(struct winnow_rpc_call *call, const struct winnow_wire_
         {"calls", limits->n_calls_max, "host_pool / 256 KiB, 96 to 4,096"},
         {"in_flight_bytes", limits->in_flight_bytes, "host_pool / 4, 4 to 64 MiB"},
         {"window_bytes", limits->window_bytes, "in_flight_bytes: q, k, v, out, lse"},
+        {"window_tokens", limits->window_tokens, "protocol"},
         {"attend_bytes", WINNOW_WIRE_ATTEND_BYTES_MAX, "protocol"},
         {"chunk_bytes", WINNOW_WIRE_CHUNK_BYTES_MAX, "protocol"},
         {"items", WINNOW_WIRE_N_ITEMS_MAX, "protocol"},
@@ -116,7 +117,7 @@ const struct winnow_rpc_method winnow_rpc_info = {
 
 /* --- OpenSession --- */
 
-static void open_answer(struct winnow_rpc_call *call, const struct winnow_session *session)
+static void open_answer(struct winnow_rpc_call *call, const struct winnow_registry_session *session)
 {
     Winnow__V1__OpenSessionReply reply = WINNOW__V1__OPEN_SESSION_REPLY__INIT;
     reply.session = session->id;
@@ -209,8 +210,8 @@ static bool is_repeat(struct winnow_rpc_call *call, const struct winnow_lease *l
     static const uint8_t none[16];
     if (!memcmp(call->open.request_id, none, 16))
         return false;
-    struct winnow_session *session =
-        winnow_session_of_request(call->rpc->registry, lease, call->open.request_id);
+    struct winnow_registry_session *session =
+        winnow_registry_session_of_request(call->rpc->registry, lease, call->open.request_id);
     if (session)
         call->open.session_id = session->id;
     return session;
@@ -233,7 +234,8 @@ static void open_message(struct winnow_rpc_call *call, const struct winnow_wire_
     if (!lease)
         return;
     if (is_repeat(call, lease, &open->request_id)) {
-        open_answer(call, winnow_session_find(call->rpc->registry, call->open.session_id, lease));
+        open_answer(
+            call, winnow_registry_session_find(call->rpc->registry, call->open.session_id, lease));
         return;
     }
     struct winnow_request *request = own_request(call, WINNOW_REQUEST_OPEN, 0);
@@ -274,14 +276,14 @@ static void close_untold(struct winnow_rpc_call *call, uint64_t session_id)
 }
 
 /* The session that the core has made, in the registry; NULL when its lease has ended meanwhile. */
-static struct winnow_session *register_session(struct winnow_rpc_call *call, uint64_t session_id,
-                                               const char *label)
+static struct winnow_registry_session *register_session(struct winnow_rpc_call *call,
+                                                        uint64_t session_id, const char *label)
 {
     struct winnow_rpc *rpc = call->rpc;
     struct winnow_lease *lease = winnow_lease_of_id(rpc->registry, call->open.lease_id);
-    struct winnow_session *session =
+    struct winnow_registry_session *session =
         lease && call->is_open
-            ? winnow_session_add(rpc->registry, session_id, lease, call->open.model)
+            ? winnow_registry_session_add(rpc->registry, session_id, lease, call->open.model)
             : NULL;
     if (!session)
         return NULL;
@@ -305,7 +307,8 @@ static void open_done(struct winnow_rpc_call *call, struct winnow_rpc_item *item
         return;
     }
     uint64_t session_id = request->open.ret_session_id;
-    struct winnow_session *session = register_session(call, session_id, request->open.label);
+    struct winnow_registry_session *session =
+        register_session(call, session_id, request->open.label);
     if (!session) {
         close_untold(call, session_id);
         return;
@@ -336,7 +339,7 @@ const struct winnow_rpc_method winnow_rpc_open_session = {
 
 /* --- Fork --- */
 
-static void fork_answer(struct winnow_rpc_call *call, const struct winnow_session *session,
+static void fork_answer(struct winnow_rpc_call *call, const struct winnow_registry_session *session,
                         uint64_t n_held)
 {
     Winnow__V1__ForkReply reply = WINNOW__V1__FORK_REPLY__INIT;
@@ -349,7 +352,7 @@ static void fork_answer(struct winnow_rpc_call *call, const struct winnow_sessio
 static void fork_message(struct winnow_rpc_call *call, const struct winnow_wire_message *message)
 {
     const Winnow__V1__ForkRequest *fork = message->message;
-    struct winnow_session *parent = winnow_rpc_session(call, &fork->token, fork->session);
+    struct winnow_registry_session *parent = winnow_rpc_session(call, &fork->token, fork->session);
     if (!parent)
         return;
     call->open.lease_id = parent->lease->id;
@@ -359,8 +362,8 @@ static void fork_message(struct winnow_rpc_call *call, const struct winnow_wire_
         return;
     }
     if (is_repeat(call, parent->lease, &fork->request_id)) {
-        struct winnow_session *session =
-            winnow_session_find(call->rpc->registry, call->open.session_id, parent->lease);
+        struct winnow_registry_session *session =
+            winnow_registry_session_find(call->rpc->registry, call->open.session_id, parent->lease);
         fork_answer(call, session, session->n_forked);
         return;
     }
@@ -384,7 +387,7 @@ static void fork_done(struct winnow_rpc_call *call, struct winnow_rpc_item *item
         return;
     }
     uint64_t session_id = request->fork.ret_session_id;
-    struct winnow_session *session = register_session(call, session_id, call->open.label);
+    struct winnow_registry_session *session = register_session(call, session_id, call->open.label);
     if (!session) {
         close_untold(call, session_id);
         return;
@@ -443,11 +446,12 @@ const struct winnow_rpc_method winnow_rpc_truncate = {
 static void close_message(struct winnow_rpc_call *call, const struct winnow_wire_message *message)
 {
     const Winnow__V1__CloseRequest *close = message->message;
-    struct winnow_session *session = winnow_rpc_session(call, &close->token, close->session);
+    struct winnow_registry_session *session =
+        winnow_rpc_session(call, &close->token, close->session);
     if (!session)
         return;
     own_request(call, WINNOW_REQUEST_CLOSE, close->session)->deadline_ns = WINNOW_NEVER_NS;
-    winnow_session_drop(call->rpc->registry, session);
+    winnow_registry_session_drop(call->rpc->registry, session);
     winnow_rpc_submit(&call->own);
 }
 

@@ -234,13 +234,14 @@ void winnow_rpc_unreserve(struct winnow_rpc_call *call)
     grant_waiting(rpc);
 }
 
-struct winnow_session *winnow_rpc_session(struct winnow_rpc_call *call,
-                                          const ProtobufCBinaryData *token, uint64_t session_id)
+struct winnow_registry_session *winnow_rpc_session(struct winnow_rpc_call *call,
+                                                   const ProtobufCBinaryData *token,
+                                                   uint64_t session_id)
 {
     struct winnow_rpc *rpc = call->rpc;
     struct winnow_lease *lease = winnow_lease_find(rpc->registry, token->data, token->len);
-    struct winnow_session *session =
-        lease ? winnow_session_find(rpc->registry, session_id, lease) : NULL;
+    struct winnow_registry_session *session =
+        lease ? winnow_registry_session_find(rpc->registry, session_id, lease) : NULL;
     if (!session) {
         winnow_rpc_call_fail(call, -ENOENT, WINNOW_NO_SUCH_SESSION);
         return NULL;
@@ -272,7 +273,8 @@ static void begin_drain(struct winnow_rpc *rpc)
 {
     rpc->is_draining = true;
     winnow_log(WINNOW_LOG_NOTICE, "draining", "calls=%u sessions=%u",
-               winnow_pool_used(rpc->calls) - rpc->n_posted, winnow_session_count(rpc->registry));
+               winnow_pool_used(rpc->calls) - rpc->n_posted,
+               winnow_registry_session_count(rpc->registry));
     grpc_server_shutdown_and_notify(rpc->server, rpc->queue, &rpc->shutdown_tag);
     for (uint32_t i = 0; i < winnow_pool_size(rpc->calls); i++) {
         struct winnow_rpc_call *call = winnow_pool_at(rpc->calls, i);

@@ -79,7 +79,7 @@ static void set_totals(const struct winnow_core_stats *stats, Winnow__V1__StatsR
 static void set_daemon(const struct winnow_rpc *rpc, const struct winnow_store_facts *facts,
                        Winnow__V1__StatsReply *reply)
 {
-    reply->sessions_open = winnow_session_count(rpc->registry);
+    reply->sessions_open = winnow_registry_session_count(rpc->registry);
     reply->disk_used_bytes = facts->used_bytes;
     reply->disk_allocated_bytes = facts->allocated_bytes;
     reply->disk_cap_bytes = facts->disk_cap_bytes;
@@ -127,7 +127,7 @@ static void answer(struct winnow_rpc_call *call)
     winnow_rpc_call_answer(call, &reply);
 }
 
-static void set_row(struct winnow_rpc_row *row, const struct winnow_session *session,
+static void set_row(struct winnow_rpc_row *row, const struct winnow_registry_session *session,
                     const struct winnow_core_stats *stats)
 {
     memcpy(row->name, session->name, sizeof row->name);
@@ -158,8 +158,9 @@ static void next_row(struct winnow_rpc_call *call)
     struct winnow_rpc_stats *state = &call->stats;
     struct winnow_registry *registry = call->rpc->registry;
     while (state->n_rows < WINNOW_WIRE_N_ROWS_MAX &&
-           state->session_idx < winnow_session_places(registry)) {
-        struct winnow_session *session = winnow_session_at(registry, state->session_idx++);
+           state->session_idx < winnow_registry_session_places(registry)) {
+        struct winnow_registry_session *session =
+            winnow_registry_session_at(registry, state->session_idx++);
         if (!session)
             continue;
         state->session_id = session->id;
@@ -211,8 +212,8 @@ static void stats_done(struct winnow_rpc_call *call, struct winnow_rpc_item *ite
             return;
         }
     } else if (!request->status) { /* a session that went meanwhile has no row */
-        struct winnow_session *session =
-            winnow_session_at(call->rpc->registry, state->session_idx - 1);
+        struct winnow_registry_session *session =
+            winnow_registry_session_at(call->rpc->registry, state->session_idx - 1);
         if (session && session->id == state->session_id)
             set_row(&state->row[state->n_rows++], session, &request->stats);
     }

@@ -88,7 +88,8 @@ static bool check_chunk(struct winnow_rpc_call *call, uint32_t n_tokens, uint64_
 
 static void append_header(struct winnow_rpc_call *call, const Winnow__V1__AppendMessage *header)
 {
-    struct winnow_session *session = winnow_rpc_session(call, &header->token, header->session);
+    struct winnow_registry_session *session =
+        winnow_rpc_session(call, &header->token, header->session);
     struct winnow_rpc_upload *upload = &call->upload;
     if (!session)
         return;
@@ -208,15 +209,17 @@ static uint64_t pad(uint64_t n_bytes)
 
 static void exact_header(struct winnow_rpc_call *call, const Winnow__V1__AttendExactMessage *header)
 {
-    struct winnow_session *session = winnow_rpc_session(call, &header->token, header->session);
+    struct winnow_registry_session *session =
+        winnow_rpc_session(call, &header->token, header->session);
     struct winnow_rpc_upload *upload = &call->upload;
     if (!session)
         return;
     const struct winnow_model_shape *shape = &session->model->shape;
     if (header->layer >= shape->n_layers || !header->n_tokens ||
-        header->n_tokens > call->rpc->config->n_tokens_max) {
-        winnow_rpc_call_fail(call, -EINVAL, "a window of %u tokens in layer %u of %u",
-                             header->n_tokens, header->layer, shape->n_layers);
+        header->n_tokens > call->rpc->limits->window_tokens) {
+        winnow_rpc_call_fail(call, -EINVAL, "a window of %u tokens (limit %u) in layer %u of %u",
+                             header->n_tokens, call->rpc->limits->window_tokens, header->layer,
+                             shape->n_layers);
         return;
     }
     struct token_bytes bytes = token_bytes_of(shape);

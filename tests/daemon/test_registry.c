@@ -22,14 +22,15 @@ static void test_registry__foreign_is_unknown(void)
     CHECK(!winnow_lease_find(registry, "0123456789abcdef", 16));
 
     struct winnow_model *model = winnow_model_take(registry, &shape);
-    struct winnow_session *session = winnow_session_add(registry, 77, mine, model);
-    CHECK(winnow_session_find(registry, 77, mine) == session);
-    CHECK(!winnow_session_find(registry, 77, other));
-    CHECK(!winnow_session_find(registry, 77, NULL));
-    CHECK(!winnow_session_find(registry, 78, mine));
+    struct winnow_registry_session *session =
+        winnow_registry_session_add(registry, 77, mine, model);
+    CHECK(winnow_registry_session_find(registry, 77, mine) == session);
+    CHECK(!winnow_registry_session_find(registry, 77, other));
+    CHECK(!winnow_registry_session_find(registry, 77, NULL));
+    CHECK(!winnow_registry_session_find(registry, 78, mine));
     uint64_t id = mine->id;
     winnow_lease_give(registry, mine);
-    CHECK_EQ(winnow_session_count(registry), 0);
+    CHECK_EQ(winnow_registry_session_count(registry), 0);
     CHECK_EQ(model->n_sessions, 0);
     CHECK(!winnow_lease_of_id(registry, id));
     struct winnow_lease *again = winnow_lease_take(registry);
@@ -48,12 +49,14 @@ static void test_registry__buckets(void)
     struct winnow_lease *lease = winnow_lease_take(registry);
     struct winnow_model *model = winnow_model_take(registry, &shape);
     for (uint64_t i = 1; i <= N; i++)
-        CHECK(winnow_session_add(registry, i << 32, lease, model));
-    CHECK(!winnow_session_add(registry, 1, lease, model));
+        CHECK(winnow_registry_session_add(registry, i << 32, lease, model));
+    CHECK(!winnow_registry_session_add(registry, 1, lease, model));
     for (uint64_t i = N / 2; i <= N; i++)
-        winnow_session_drop(registry, winnow_session_find(registry, i << 32, lease));
+        winnow_registry_session_drop(registry,
+                                     winnow_registry_session_find(registry, i << 32, lease));
     for (uint64_t i = 1; i <= N; i++) {
-        struct winnow_session *session = winnow_session_find(registry, i << 32, lease);
+        struct winnow_registry_session *session =
+            winnow_registry_session_find(registry, i << 32, lease);
         CHECK_EQ(session ? session->id : 0, i < N / 2 ? i << 32 : 0);
     }
     CHECK_EQ(lease->n_sessions, N / 2 - 1);
@@ -69,10 +72,10 @@ static void test_registry__repeats(void)
     CHECK_EQ(winnow_registry_create(2, 4, &registry), 0);
     struct winnow_lease *mine = winnow_lease_take(registry), *other = winnow_lease_take(registry);
     struct winnow_model *model = winnow_model_take(registry, &shape);
-    struct winnow_session *session = winnow_session_add(registry, 5, mine, model);
+    struct winnow_registry_session *session = winnow_registry_session_add(registry, 5, mine, model);
     memcpy(session->request_id, request_id, 16);
-    CHECK(winnow_session_of_request(registry, mine, request_id) == session);
-    CHECK(!winnow_session_of_request(registry, other, request_id));
+    CHECK(winnow_registry_session_of_request(registry, mine, request_id) == session);
+    CHECK(!winnow_registry_session_of_request(registry, other, request_id));
     winnow_lease_give(registry, mine);
     winnow_lease_give(registry, other);
     winnow_registry_destroy(registry);
@@ -87,7 +90,7 @@ static void test_registry__models(void)
     struct winnow_model *model = winnow_model_take(registry, &shape);
     uint32_t number = model->number;
     CHECK(number && winnow_model_take(registry, &shape) == model);
-    CHECK(winnow_session_add(registry, 1, lease, model));
+    CHECK(winnow_registry_session_add(registry, 1, lease, model));
     struct winnow_model_shape other = shape;
     for (other.n_layers = 100; other.n_layers < 300; other.n_layers++)
         CHECK(winnow_model_take(registry, &other)->number != number);

@@ -1,6 +1,9 @@
 // Chunks: how an exact window reads what is sealed. Blocks are walked in disk order (segment, KV head,
 // block); those in memory are used where they are, the others come through staging, in runs that the
 // store merges into large reads. Two chunks alternate: one is attended while the next is read.
+//
+// Where a chunk ends depends on what is resident, and the kernels attend eight blocks of a call at
+// once: so a chunk has whole groups of eight of a head, and the same eight meet in every run.
 #include <base/assert.h>
 #include <core/session.h>
 #include <errno.h>
@@ -98,6 +101,28 @@ static bool filler_take(struct filler *filler, const struct winnow_cursor *curso
     return true;
 }
 
+/* Puts back the last n blocks of a head: their group is not whole. */
+static void filler_untake(struct filler *filler, uint32_t head, uint32_t n)
+{
+    struct winnow_chunk *chunk = filler->chunk;
+    struct winnow_op *op = &filler->session->op;
+    for (; n > 0; n--) {
+        uint32_t at = head * op->pass->chunk_blocks_max + --chunk->n_of_head[head];
+        chunk->n_blocks--;
+        if (chunk->source[at] == WINNOW_FROM_CACHE) {
+            winnow_arena_unpin(filler->core->tiers.arena, chunk->slot[at]);
+            chunk->source[at] = WINNOW_FROM_NOWHERE;
+            op->certificate.n_blocks_host--;
+            continue;
+        }
+        struct winnow_load *load = filler->load[--filler->n];
+        filler->staged_bytes -= load->segment->block_bytes;
+        winnow_load_abandon(filler->core, load);
+        chunk->n_missing--;
+        op->certificate.n_blocks_disk--;
+    }
+}
+
 static bool cursor_next(const struct winnow_session *session, struct winnow_cursor *cursor,
                         bool one_head)
 {
@@ -123,10 +148,16 @@ int winnow_chunk_fill(struct winnow_core *core, struct winnow_session *session,
     chunk->n_missing = chunk->n_blocks = 0;
     for (uint32_t head = 0; head < context->shape.n_kv_heads; head++)
         chunk->n_of_head[head] = 0;
-    while (op->cursor.segment_idx < context->layer[op->layer].n_segments &&
-           filler_take(&filler, &op->cursor))
+    while (op->cursor.segment_idx < context->layer[op->layer].n_segments) {
+        uint32_t n_of_group = op->cursor.block_idx % WINNOW_GROUP_BLOCKS;
+        if (!filler_take(&filler, &op->cursor)) {
+            filler_untake(&filler, op->cursor.head, n_of_group);
+            op->cursor.block_idx -= n_of_group;
+            break;
+        }
         if (!cursor_next(session, &op->cursor, one_head))
             break;
+    }
     winnow_stage_finish(core, &filler.stage);
     if (chunk->n_blocks == 0)
         return -EAGAIN;

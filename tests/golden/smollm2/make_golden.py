@@ -95,7 +95,7 @@ class Model:
         return output
 
 
-def prompt_golden(model: Model, ids: list[int]) -> dict[str, Any]:
+def prompt_golden(model: Model, ids: list[int], n_bytes: int) -> dict[str, Any]:
     """The top logits after a prompt, and its greedy continuation with the margin of each choice."""
     read, generated, margins, top = list(ids), [], [], []
     for step in range(CONTINUED):
@@ -106,7 +106,9 @@ def prompt_golden(model: Model, ids: list[int]) -> dict[str, Any]:
         generated.append(int(order[0]))
         margins.append(round(float(logits[order[0]] - logits[order[1]]), 4))
         read.append(int(order[0]))
-    return {"n_tokens": len(ids), "top": top, "generated": generated, "margins": margins}
+    return {"n_tokens": len(ids), "n_bytes": n_bytes, "top": top, "generated": generated} | {
+        "margins": margins
+    }
 
 
 def perplexity_golden(model: Model, ids: list[int]) -> dict[str, Any]:
@@ -124,12 +126,17 @@ def perplexity_golden(model: Model, ids: list[int]) -> dict[str, Any]:
     }
 
 
-def text_tokens(path: str) -> list[int]:
+def text_tokens(path: str, counts: tuple[int, ...] = ()) -> tuple[list[int], list[int]]:
+    """The text's ids, and for each count the bytes of the text's beginning that are so many ids."""
     from llama_cpp import Llama
 
     llama = Llama(path, vocab_only=True, verbose=False)
-    ids: list[int] = llama.tokenize(TEXT.read_bytes(), add_bos=False, special=False)
-    return ids
+    text = TEXT.read_bytes()
+    ids: list[int] = llama.tokenize(text, add_bos=False, special=False)
+    sizes = [len(llama.detokenize(ids[:n])) for n in counts]
+    for n, n_bytes in zip(counts, sizes):
+        assert llama.tokenize(text[:n_bytes], add_bos=False, special=False) == ids[:n]
+    return ids, sizes
 
 
 def make_tokens(path: str) -> dict[str, Any]:
@@ -144,14 +151,16 @@ def make_tokens(path: str) -> dict[str, Any]:
                 continue
             ids = llama.tokenize(text.encode(), add_bos=False, special=special)
             rows.append({"text": text, "special": special, "tokens": ids})
-    document = text_tokens(path)
+    document, _ = text_tokens(path)
     return {"texts": rows, "document": TEXT.name, "document_tokens": document}
 
 
 def make_logits(path: str) -> dict[str, Any]:
-    model, ids = Model(path), text_tokens(path)
-    prompts = [prompt_golden(model, ids[:n]) for n in PROMPT_TOKENS]
-    return {"document": TEXT.name, "prompts": prompts} | perplexity_golden(model, ids[:7000])
+    model = Model(path)
+    ids, sizes = text_tokens(path, PROMPT_TOKENS + PERPLEXITY_TOKENS)
+    prompts = [prompt_golden(model, ids[:n], size) for n, size in zip(PROMPT_TOKENS, sizes)]
+    read = {"perplexity_bytes": sizes[len(PROMPT_TOKENS) :]}
+    return {"document": TEXT.name, "prompts": prompts} | read | perplexity_golden(model, ids[:7000])
 
 
 def main() -> None:

@@ -266,6 +266,7 @@ static int link_open_path(const char *path, bool with_lease, int64_t deadline_ns
         return winnow_error_set(-ENOMEM, "out of memory");
     }
     link->n_refs = 1;
+    snprintf(link->path, sizeof link->path, "%s", path);
     link->attend_bytes = WINNOW_WIRE_ATTEND_BYTES_MAX;
     link->chunk_bytes = WINNOW_WIRE_CHUNK_BYTES_MAX;
     link->window_bytes = 64 << 20;

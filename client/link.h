@@ -21,6 +21,7 @@ struct winnow_link {
     struct winnow_channel *control, *bulk, *lease; /* the last two NULL without a lease */
     struct winnow_call *lease_call;                /* its next message is being received */
     uint8_t boot_id[WINNOW_WIRE_ID_BYTES], token[WINNOW_WIRE_ID_BYTES];
+    char path[108]; /* where it was found */
     char build[32];
     uint32_t proto;
     uint64_t attend_bytes, chunk_bytes, window_bytes; /* the daemon's limits, or the wire's */

@@ -10,10 +10,8 @@
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/statfs.h>
-#include <sys/un.h>
 #include <unistd.h>
 #include <winnow/winnow.h>
 
@@ -219,22 +217,18 @@ static void check_state(struct doctor *doctor)
 /* Who may reach the daemon: the socket's own rights. */
 static void check_socket(struct doctor *doctor, const struct winnow_link *link)
 {
-    struct sockaddr_un address;
     struct stat info;
-    socklen_t n_bytes = sizeof address;
     int uid = winnow_channel_peer_uid(link->control);
-    if (getpeername(winnow_channel_watch_fd(link->control), (struct sockaddr *)&address, &n_bytes) <
-            0 ||
-        n_bytes <= sizeof(sa_family_t) || stat(address.sun_path, &info) < 0)
+    if (stat(link->path, &info) < 0)
         return;
     if (info.st_mode & S_IWOTH)
         found(doctor, LEVEL_WARN, "socket", "chmod o-w, and allow_uids for others",
-              "%s is open to every user", address.sun_path);
+              "%s is open to every user", link->path);
     else if ((int)info.st_uid != uid)
         found(doctor, LEVEL_WARN, "socket", "start winnowd so that it makes its own socket",
-              "%s belongs to uid %u, winnowd runs as %d", address.sun_path, info.st_uid, uid);
+              "%s belongs to uid %u, winnowd runs as %d", link->path, info.st_uid, uid);
     else
-        found(doctor, LEVEL_OK, "socket", "", "%s, mode %04o, uid %d", address.sun_path,
+        found(doctor, LEVEL_OK, "socket", "", "%s, mode %04o, uid %d", link->path,
               info.st_mode & 07777U, uid);
 }
 

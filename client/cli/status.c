@@ -101,7 +101,7 @@ uint32_t cli_stats_warn(const Winnow__V1__StatsReply *s,
 static void print_bar(const char *name, uint64_t used, uint64_t cap, bool bars)
 {
     char a[16], b[16];
-    printf("%-5s", name);
+    printf("%-6s", name);
     if (bars) {
         int n_full = (int)(cli_ratio(used, cap) * BAR_WIDTH + 0.5);
         n_full = n_full > BAR_WIDTH ? BAR_WIDTH : n_full;
@@ -149,7 +149,7 @@ static void print_status(const struct winnow_link *link, const Winnow__V1__Stats
     print_bar("disk", s->disk_used_bytes, s->disk_cap_bytes, bars);
     printf("  %s%s%s, %s  written %s\n", s->io_method, *s->io_flags ? " " : "", s->io_flags,
            s->io_direct ? "direct" : "through the page cache", cli_bytes(s->written_bytes, a));
-    printf("now   %" PRIu64 " sessions  %" PRIu64 " tokens, %s of KV: %s in memory, %s on disk\n",
+    printf("now    %" PRIu64 " sessions  %" PRIu64 " tokens, %s of KV: %s in memory, %s on disk\n",
            s->sessions_open, s->tokens_held, cli_bytes(s->kv_bytes, a),
            cli_bytes(s->kv_host_bytes, b), cli_bytes(s->kv_disk_bytes, c));
     printf(

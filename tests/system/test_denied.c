@@ -308,7 +308,7 @@ static void test_denied__streams_out_of_order(void)
     attend.n_items = 0;
     CHECK_EQ(send_message(&raw, "Attend", &attend, 0).error, -EMSGSIZE);
     attend.n_items = 1;
-    attend.model = raw.model + 1;
+    attend.model = raw.model + 1000;
     CHECK_EQ(send_message(&raw, "Attend", &attend, 4 * 64 * 4).error, -ENOENT);
     raw_close(&raw);
 

@@ -94,7 +94,7 @@ static double cached_share(const char *data_dir, uint64_t *ret_bytes)
     char pattern[128];
     glob_t files;
     uint64_t n_cached = 0, n_pages = 0;
-    snprintf(pattern, sizeof pattern, "%s/*", data_dir);
+    snprintf(pattern, sizeof pattern, "%s/data/*.dat", data_dir);
     CHECK_EQ(glob(pattern, 0, NULL, &files), 0);
     for (size_t i = 0; i < files.gl_pathc; i++) {
         struct stat info;
@@ -151,7 +151,7 @@ static bool flip_byte(const char *data_dir, uint32_t n)
     char pattern[128];
     glob_t files;
     bool flipped = false;
-    snprintf(pattern, sizeof pattern, "%s/*", data_dir);
+    snprintf(pattern, sizeof pattern, "%s/data/*.dat", data_dir);
     CHECK_EQ(glob(pattern, 0, NULL, &files), 0);
     for (size_t i = 0; !flipped && i < files.gl_pathc; i++) {
         struct stat info;

@@ -5,7 +5,7 @@
 #include <system/engine.h>
 #include <test.h>
 
-enum { N_TOKENS = 3600, N_STEPS = 30 };
+enum { N_TOKENS = 5000, N_STEPS = 30 };
 
 struct result {
     uint64_t windows, steps;
@@ -26,7 +26,7 @@ static struct result run(const char *io_method, const char *pool, const char *n_
     daemon_start(&daemon);
     engine_open(&engine, daemon.socket, &model, 3, N_TOKENS + N_STEPS, NULL);
     while (engine.n_tokens < N_TOKENS)
-        ENGINE_OK(engine_window(&engine, 450, NULL));
+        ENGINE_OK(engine_window(&engine, 500, NULL));
     for (uint32_t i = 0; i < N_STEPS; i++)
         ENGINE_OK(engine_decode(
             &engine, &(struct engine_step){.mass = i % 10 ? 0.9F : 1, .hash = &result.steps}));
@@ -45,7 +45,7 @@ static struct result run(const char *io_method, const char *pool, const char *n_
 static void test_same_bits__whatever_the_means(void)
 {
     static const char *const variants[][3] = {
-        {"auto", "24MiB", "2"},  {"pread", "24MiB", "1"}, {"auto", "64MiB", "1"},
+        {"auto", "16MiB", "2"},  {"pread", "16MiB", "1"}, {"auto", "64MiB", "1"},
         {"pread", "64MiB", "2"}, {"auto", "1GiB", "2"},
     };
     struct result first = run(variants[0][0], variants[0][1], variants[0][2]);

@@ -386,7 +386,5 @@ bool winnow_dispatch_drain(struct winnow_dispatch *dispatch, int64_t now_ns)
 {
     dispatch->stopping = true;
     winnow_dispatch_step(dispatch, now_ns);
-    list_end(dispatch, winnow_queue_take_all(&dispatch->queue), -ECANCELED, now_ns);
-    owner_notify(dispatch);
     return atomic_load(&dispatch->n_in_flight) == 0;
 }

@@ -45,5 +45,5 @@ int winnow_dispatch_file_open(struct winnow_dispatch *dispatch, uint32_t file_no
 
 /* Does what can be done now; returns when to be called again at the latest. */
 int64_t winnow_dispatch_step(struct winnow_dispatch *dispatch, int64_t now_ns);
-/* Submits nothing more, answers what was not submitted; true once nothing is in flight. */
+/* Begins nothing more; true once nothing is in flight. What waits is never answered. */
 bool winnow_dispatch_drain(struct winnow_dispatch *dispatch, int64_t now_ns);

@@ -137,7 +137,7 @@ static void slices_register(struct uring_io *io, struct winnow_io_facts *facts)
     }
     if (rc < 0)
         snprintf(facts->remedy, sizeof facts->remedy,
-                 "%u of %llu GiB slices of memory registered (%s): about 20 %% slower reads; raise "
+                 "%u of %llu slices of memory registered (%s): about 20 %% slower reads; raise "
                  "the memlock limit (LimitMEMLOCK=infinity)",
                  io->n_slices, (unsigned long long)n_slices, strerror(-rc));
     if (io->n_slices)

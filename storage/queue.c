@@ -187,8 +187,3 @@ struct winnow_io_request *winnow_queue_take_expired(struct winnow_queue *queue, 
         expired = list_take_expired(&queue->list[i], now_ns, expired);
     return expired;
 }
-
-struct winnow_io_request *winnow_queue_take_all(struct winnow_queue *queue)
-{
-    return winnow_queue_take_expired(queue, WINNOW_NEVER_NS);
-}

@@ -111,7 +111,7 @@ int winnow_store_write(struct winnow_store *store, struct winnow_stored *stored,
 struct winnow_store_done {
     uint64_t tag;
     int32_t result;      /* 0, -ENODATA (bad sum or EIO after one retry), -ETIMEDOUT, -EIO (write),
-                            -ENOSPC (write), -ECANCELED (segment destroyed, store closing) */
+                            -ENOSPC (write), -ECANCELED (segment destroyed) */
     uint32_t disk_bytes; /* this request's share of what was read or written, retries too */
     bool held;           /* -ETIMEDOUT only: the kernel still owns `data`; a second done with the
                             same tag and held = false, result -ECANCELED gives it back */

@@ -10,6 +10,7 @@
 #include <storage/io_sim.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -279,6 +280,7 @@ static void in_child(void (*body)(const char *dir))
     pid_t pid = fork();
     CHECK(pid >= 0);
     if (!pid) {
+        CHECK_EQ(chmod(dir, 01777), 0); /* the child may be another user */
         body(dir);
         _exit(0);
     }
@@ -325,6 +327,41 @@ static void test_io__uring_makes_no_pread(void)
     in_child(choose_without_pread);
 }
 
+/* As a user whose locked memory is limited: reads work, and the facts name the limit. */
+static void open_with_little_memlock(const char *dir)
+{
+    struct rlimit limit = {.rlim_cur = 64 << 10, .rlim_max = 64 << 10};
+    struct winnow_io_facts facts;
+    struct winnow_io_open options = {.dir = dir,
+                                     .arena = winnow_alloc_map(8 << 20),
+                                     .arena_bytes = 8 << 20,
+                                     .n_ops_max = 2,
+                                     .n_files_max = 1};
+    void *io;
+    uint32_t file_idx;
+    uint64_t n_bytes;
+    CHECK_EQ(setrlimit(RLIMIT_MEMLOCK, &limit), 0);
+    CHECK_EQ(setresuid(65534, 65534, 65534), 0);
+    CHECK_EQ(winnow_io_uring.open(&options, NULL, &io, &facts), 0);
+    CHECK(strstr(facts.remedy, "0 of 1 slices of memory registered") &&
+          strstr(facts.remedy, "LimitMEMLOCK"));
+    CHECK(!strstr(facts.flags, "fixed_buffers"));
+    CHECK_EQ(winnow_io_uring.file_open(io, "00000000.dat", 1, &file_idx, &n_bytes), 0);
+    struct winnow_io_op op = {.kind = WINNOW_IO_WRITE,
+                              .file_idx = file_idx,
+                              .data = options.arena,
+                              .n_bytes = PAGE_BYTES};
+    CHECK_EQ(winnow_io_run(&winnow_io_uring, io, &op, WINNOW_NEVER_NS), PAGE_BYTES);
+    op.kind = WINNOW_IO_READ;
+    CHECK_EQ(winnow_io_run(&winnow_io_uring, io, &op, WINNOW_NEVER_NS), PAGE_BYTES);
+    CHECK_EQ(winnow_io_uring.close(io), 0);
+}
+
+static void test_io__little_memlock_is_told(void)
+{
+    in_child(open_with_little_memlock);
+}
+
 /* In memory there is no disk to wait for: the pool, and no warning about direct I/O. */
 static void test_io__tmpfs_takes_the_pool(void)
 {
@@ -367,9 +404,13 @@ int main(int argc, char **argv)
     TEST_RUN(test_io__refused_uring_falls_back);
     if (!first_method)
         TEST_RUN(test_io__uring_makes_no_pread);
+    if (!first_method && !geteuid()) /* root alone is another user at will */
+        TEST_RUN(test_io__little_memlock_is_told);
     TEST_RUN(test_io__tmpfs_takes_the_pool);
     TEST_RUN(test_io__bad_choices_are_refused);
     if (first_method)
         TEST_SKIP(remedy);
+    if (geteuid())
+        TEST_SKIP("the memlock limit is tested by root");
     return TEST_END();
 }

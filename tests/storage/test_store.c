@@ -289,6 +289,30 @@ static void test_store__spill_yields_to_decode(void)
     fixture_finish(&fixture);
 }
 
+/* A spill has two pieces in flight and no more, of 1 MiB at most, whatever waits behind them. */
+static void test_store__spill_goes_two_at_a_time(void)
+{
+    enum { N = 1024 };
+    struct fixture fixture;
+    static uint32_t block_crc[N];
+    struct winnow_store_done done;
+    struct winnow_sim_counts counts;
+    fixture_init(&fixture, test_seed());
+    struct winnow_stored *stored = segment_make(&fixture, N, block_crc);
+    fixture_settle(&fixture);
+    CHECK_EQ(winnow_store_write(fixture.store, stored, 0, N, slot(&fixture, 0), 9), 0);
+    int64_t until_ns = winnow_sim_disk_now(fixture.disk);
+    while (!fixture_run(&fixture, &done, 1, until_ns)) {
+        winnow_sim_disk_counts(fixture.disk, &counts);
+        CHECK(counts.in_flight <= 2);
+        until_ns += 100 * WINNOW_NS_PER_US;
+        winnow_sim_disk_now_set(fixture.disk, until_ns);
+    }
+    winnow_sim_disk_counts(fixture.disk, &counts);
+    CHECK_EQ(counts.n_ops[WINNOW_IO_WRITE], N * SLOT_BYTES >> 20);
+    fixture_finish(&fixture);
+}
+
 /* A read that is late is told so once, its memory comes back when the disk lets go of it, and its
  * bytes are counted then. */
 static void test_store__late_read_holds_its_memory(void)
@@ -596,6 +620,7 @@ int main(int argc, char **argv)
     TEST_RUN(test_store__window_is_filled_and_kept);
     TEST_RUN(test_store__decode_goes_first);
     TEST_RUN(test_store__spill_yields_to_decode);
+    TEST_RUN(test_store__spill_goes_two_at_a_time);
     TEST_RUN(test_store__late_read_holds_its_memory);
     TEST_RUN(test_store__late_in_queue_is_not_held);
     TEST_RUN(test_store__cap_is_kept);

@@ -191,6 +191,9 @@ static void test_fault__again_is_bounded(void)
         segment_ask(&fixture, stored, 1, 1, WINNOW_IO_DECODE, WINNOW_NEVER_NS);
         CHECK_EQ(fixture_run(&fixture, &done, 1, WINNOW_NEVER_NS), 1);
         CHECK_EQ(done.result, n_again == 8 ? 0 : -ENODATA);
+        struct winnow_store_facts facts;
+        winnow_store_facts(fixture.store, &facts);
+        CHECK_EQ(facts.errors_io, n_again == 8 ? 0 : 2);
         fixture_finish(&fixture);
     }
 }
@@ -214,6 +217,29 @@ static void test_fault__merged_read_is_taken_apart(void)
     winnow_store_facts(fixture.store, &facts);
     CHECK_EQ(facts.retries, 64);
     CHECK_EQ(facts.errors_io, 65);
+    fixture_finish(&fixture);
+}
+
+/* Reads that are tried again go alone, though they lie side by side: the next failure costs one. */
+static void test_fault__retries_do_not_merge(void)
+{
+    struct fixture fixture;
+    uint32_t block_crc[8];
+    struct winnow_store_done done[2];
+    fixture_init(&fixture, test_seed());
+    struct winnow_stored *stored = segment_write(&fixture, 1, 8, block_crc);
+    fixture_settle(&fixture);
+    winnow_sim_disk_fail(fixture.disk, WINNOW_IO_READ, 1, 3, WINNOW_SIM_EIO);
+    for (uint32_t i = 2; i-- > 0;) { /* block 5's failure is found last and stands first */
+        struct winnow_store_read read = {
+            .stored = stored, .block_idx = 5 + i, .data = slot(&fixture, 8 + i), .tag = i};
+        CHECK_EQ(winnow_store_read(fixture.store, &read, 1, WINNOW_IO_DECODE, WINNOW_NEVER_NS), 0);
+        winnow_store_step(fixture.store, winnow_sim_disk_now(fixture.disk));
+    }
+    winnow_sim_disk_now_set(fixture.disk,
+                            winnow_sim_disk_now(fixture.disk) + 10 * WINNOW_NS_PER_MS);
+    CHECK_EQ(fixture_run(&fixture, done, 2, WINNOW_NEVER_NS), 2);
+    CHECK_EQ((done[0].result == -ENODATA) + (done[1].result == -ENODATA), 1);
     fixture_finish(&fixture);
 }
 
@@ -373,6 +399,7 @@ int main(int argc, char **argv)
     TEST_RUN(test_fault__each_operation_fails_on);
     TEST_RUN(test_fault__again_is_bounded);
     TEST_RUN(test_fault__merged_read_is_taken_apart);
+    TEST_RUN(test_fault__retries_do_not_merge);
     TEST_RUN(test_fault__failed_write_moves);
     TEST_RUN(test_fault__three_write_errors_degrade);
     TEST_RUN(test_fault__a_bad_file_is_left);

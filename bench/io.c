@@ -197,12 +197,12 @@ static void row_measure(struct side *side, uint32_t block_bytes, uint32_t n_bloc
                          &figure[m].cpu_us[i]);
     for (uint32_t m = 0; m < N_METHODS; m++) {
         time_us[m] = median(figure[m].time_us);
-        printf("| %2u KiB x %4u %s | %-8s | %8.0f | %5.2f | %6.2f |\n", block_bytes >> 10, n_blocks,
-               stream ? "in order " : "at random", side[m].io_method, time_us[m],
+        printf("| %2u KiB x %4u %s | %-8s | %8.0f | %5.2f | %14.2f |\n", block_bytes >> 10,
+               n_blocks, stream ? "in order " : "at random", side[m].io_method, time_us[m],
                (double)n_blocks * block_bytes / time_us[m] / 1e3,
                median(figure[m].cpu_us) / n_blocks);
     }
-    printf("|   pread / io_uring    |          | %8.2f |       | %6.2f |\n",
+    printf("|   pread / io_uring      |          | %8.2f |       | %14.2f |\n",
            time_us[1] / time_us[0], median(figure[1].cpu_us) / median(figure[0].cpu_us));
 }
 
@@ -260,13 +260,16 @@ int main(int argc, char **argv)
             machine_print(&side[0]);
             printf("io_uring: %s; O_DIRECT %s; window %u\n\n", facts.io.flags,
                    facts.io.direct ? "yes" : "no", facts.window);
-            printf("| verified reads        | method   |       us |  GB/s | CPU us a block |\n"
+            printf("| verified reads          | method   |       us |  GB/s | CPU us a block |\n"
                    "| --- | --- | ---: | ---: | ---: |\n");
         }
+        row_measure(side, block_bytes[i], 8, false);
         row_measure(side, block_bytes[i], 256, false);
         row_measure(side, block_bytes[i], (16 << 20) / block_bytes[i], true);
-        printf("|   spilled before, GB/s | io_uring |          | %5.2f |        |\n", write_gbs[0]);
-        printf("|                        | pread    |          | %5.2f |        |\n", write_gbs[1]);
+        printf("|   spilled before, GB/s  | io_uring |          | %5.2f |                |\n",
+               write_gbs[0]);
+        printf("|                         | pread    |          | %5.2f |                |\n",
+               write_gbs[1]);
     }
     side_close(&side[0]);
     side_close(&side[1]);

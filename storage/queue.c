@@ -1,9 +1,9 @@
 // Two figures rule here. A disk reads neighbours almost for free: 13 % less time a 4 KiB block when
 // adjacent reads are merged, 1.4 to 1.6 times when a batch goes by place. And a write of 1 MiB
 // holds reads up: 64 reads of 16 KiB take 1.5 ms alone, 7.0 to 9.5 beside an unthrottled spill, 1.4
-// to 2.0 beside one of at most 300 MB/s. So for 100 ms after a decode read a write may go once in
-// 10 ms; such a write goes first, or reads that fill the window would keep it out for ever.
-// Rejected: a byte budget refilled by time. It needs the disk's speed, which nobody knows.
+// to 2.0 beside one of at most 300 MB/s. So for 100 ms after a decode read writes go at the pace of 1
+// MiB in 10 ms; what is due goes first, or reads that fill the window would keep it out for ever.
+// Rejected: a share of the disk's speed, which nobody knows and neighbours change.
 #include <base/assert.h>
 #include <base/clock.h>
 #include <stddef.h>
@@ -15,13 +15,12 @@ enum {
     N_WRITES_MAX = 2,
 };
 static const int64_t decode_quiet_ns = 100 * WINNOW_NS_PER_MS;
-static const int64_t write_pace_ns = 10 * WINNOW_NS_PER_MS;
+static const int64_t write_ns_per_mib = 10 * WINNOW_NS_PER_MS;
 
 void winnow_queue_init(struct winnow_queue *queue, uint32_t window)
 {
     *queue = (struct winnow_queue){.n_readahead_max = window > 1 ? window / 2 : 1,
-                                   .last_decode_ns = INT64_MIN / 2,
-                                   .last_write_ns = INT64_MIN / 2};
+                                   .last_decode_ns = INT64_MIN / 2};
 }
 
 static bool place_before(const struct winnow_io_request *a, const struct winnow_io_request *b)
@@ -112,9 +111,10 @@ static struct winnow_io_request *list_take(struct winnow_queue_list *list, uint3
 
 static struct winnow_io_request *write_take(struct winnow_queue *queue, int64_t now_ns)
 {
+    struct winnow_io_request *piece = list_take(&queue->list[WINNOW_IO_SPILL], 0);
     queue->n_writes++;
-    queue->last_write_ns = now_ns;
-    return list_take(&queue->list[WINNOW_IO_SPILL], 0);
+    queue->write_due_ns = now_ns + (write_ns_per_mib * piece->n_bytes >> 20);
+    return piece;
 }
 
 static bool write_waits(const struct winnow_queue *queue)
@@ -124,7 +124,7 @@ static bool write_waits(const struct winnow_queue *queue)
 
 struct winnow_io_request *winnow_queue_take(struct winnow_queue *queue, int64_t now_ns)
 {
-    if (write_waits(queue) && now_ns - queue->last_write_ns >= write_pace_ns)
+    if (write_waits(queue) && now_ns >= queue->write_due_ns)
         return write_take(queue, now_ns);
     if (queue->list[WINNOW_IO_DECODE].head) {
         queue->last_decode_ns = now_ns;
@@ -156,9 +156,8 @@ int64_t winnow_queue_next(const struct winnow_queue *queue)
 {
     if (!write_waits(queue))
         return WINNOW_NEVER_NS;
-    int64_t paced_ns = queue->last_write_ns + write_pace_ns;
     int64_t quiet_ns = queue->last_decode_ns + decode_quiet_ns;
-    return paced_ns < quiet_ns ? paced_ns : quiet_ns;
+    return queue->write_due_ns < quiet_ns ? queue->write_due_ns : quiet_ns;
 }
 
 static struct winnow_io_request *list_take_expired(struct winnow_queue_list *list, int64_t now_ns,

@@ -12,9 +12,10 @@ struct winnow_queue_list {
 
 struct winnow_queue {
     struct winnow_queue_list list[WINNOW_N_IO_PRIORITIES];
-    uint32_t n_readahead_max;              /* operations in flight at once: half the window */
-    uint32_t n_readahead, n_writes;        /* in flight */
-    int64_t last_decode_ns, last_write_ns; /* when one was last taken */
+    uint32_t n_readahead_max;       /* operations in flight at once: half the window */
+    uint32_t n_readahead, n_writes; /* in flight */
+    int64_t last_decode_ns;         /* when one was last taken */
+    int64_t write_due_ns;           /* when the next write goes though decode reads are there */
 };
 
 void winnow_queue_init(struct winnow_queue *queue, uint32_t window);

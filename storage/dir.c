@@ -8,27 +8,15 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/openat2.h>
-#include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <storage/dir.h>
+#include <storage/text.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-
-enum { TEXT_BYTES = 256 };
-
-__attribute__((format(printf, 3, 4))) static int refuse(int rc, char text[TEXT_BYTES],
-                                                        const char *format, ...)
-{
-    va_list args;
-    va_start(args, format);
-    vsnprintf(text, TEXT_BYTES, format, args);
-    va_end(args);
-    return rc;
-}
 
 long winnow_dir_file_no(const char *name)
 {
@@ -51,23 +39,25 @@ static int path_open(const char *path)
     return fd < 0 ? -errno : fd;
 }
 
-static int owner_check(int fd, const char *path, char text[TEXT_BYTES])
+static int owner_check(int fd, const char *path, char text[WINNOW_TEXT_BYTES])
 {
     struct stat st, parent;
     if (fstat(fd, &st) < 0 || fstatat(fd, "..", &parent, 0) < 0)
-        return refuse(-errno, text, "data_dir %.120s: %s", path, strerror(errno));
+        return winnow_text_refuse(-errno, text, "data_dir %.120s: %s", path, strerror(errno));
     if (st.st_uid != geteuid())
-        return refuse(-EACCES, text, "data_dir %.120s belongs to uid %u, not to %u: chown it", path,
-                      st.st_uid, geteuid());
+        return winnow_text_refuse(-EACCES, text,
+                                  "data_dir %.120s belongs to uid %u, not to %u: chown it", path,
+                                  st.st_uid, geteuid());
     if (st.st_mode & (S_IWGRP | S_IWOTH))
-        return refuse(-EACCES, text,
-                      "data_dir %.120s has mode %04o, others may write it: chmod 700 %.60s", path,
-                      st.st_mode & 07777, path);
+        return winnow_text_refuse(
+            -EACCES, text, "data_dir %.120s has mode %04o, others may write it: chmod 700 %.60s",
+            path, st.st_mode & 07777, path);
     if ((parent.st_mode & S_IWOTH) && !(parent.st_mode & S_ISVTX))
-        return refuse(-EACCES, text,
-                      "data_dir %.120s lies in a directory that all may write (mode %04o): chmod "
-                      "o-w it, or set its sticky bit",
-                      path, parent.st_mode & 07777);
+        return winnow_text_refuse(
+            -EACCES, text,
+            "data_dir %.120s lies in a directory that all may write (mode %04o): chmod "
+            "o-w it, or set its sticky bit",
+            path, parent.st_mode & 07777);
     return 0;
 }
 
@@ -82,7 +72,7 @@ static bool name_known(const char *name, bool in_data)
 }
 
 /* Refuses names that are not the store's. A missing directory holds none. */
-static int names_check(int dir_fd, const char *sub, const char *path, char text[TEXT_BYTES])
+static int names_check(int dir_fd, const char *sub, const char *path, char text[WINNOW_TEXT_BYTES])
 {
     int fd = openat(dir_fd, sub, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
     DIR *stream = fd < 0 ? NULL : fdopendir(fd);
@@ -90,44 +80,49 @@ static int names_check(int dir_fd, const char *sub, const char *path, char text[
         int rc = -errno;
         if (fd >= 0)
             close(fd);
-        return rc == -ENOENT ? 0
-                             : refuse(rc == -ELOOP || rc == -ENOTDIR ? -EACCES : rc, text,
-                                      "data_dir %.120s/%s: %s", path, sub, strerror(-rc));
+        return rc == -ENOENT
+                   ? 0
+                   : winnow_text_refuse(rc == -ELOOP || rc == -ENOTDIR ? -EACCES : rc, text,
+                                        "data_dir %.120s/%s: %s", path, sub, strerror(-rc));
     }
     int rc = 0;
     struct dirent *entry;
     while (!rc && (entry = readdir(stream))) {
         bool in_data = strcmp(sub, ".") != 0;
         if (!in_data && !strcmp(entry->d_name, "SUPER"))
-            rc = refuse(-ENOTSUP, text,
-                        "data_dir %.120s holds a durable store (SUPER), which this version does "
-                        "not read: use another directory",
-                        path);
+            rc = winnow_text_refuse(
+                -ENOTSUP, text,
+                "data_dir %.120s holds a durable store (SUPER), which this version does "
+                "not read: use another directory",
+                path);
         else if (!name_known(entry->d_name, in_data))
-            rc = refuse(-ENOTSUP, text,
-                        "data_dir %.100s%s holds \"%.60s\", which is not the store's: use an empty "
-                        "directory",
-                        path, in_data ? "/data" : "", entry->d_name);
+            rc = winnow_text_refuse(
+                -ENOTSUP, text,
+                "data_dir %.100s%s holds \"%.60s\", which is not the store's: use an empty "
+                "directory",
+                path, in_data ? "/data" : "", entry->d_name);
     }
     closedir(stream);
     return rc;
 }
 
-static int lock_take(struct winnow_dir *dir, const char *path, char text[TEXT_BYTES])
+static int lock_take(struct winnow_dir *dir, const char *path, char text[WINNOW_TEXT_BYTES])
 {
     dir->lock_fd = openat(dir->fd, "LOCK", O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (dir->lock_fd < 0)
-        return refuse(-errno, text, "data_dir %.120s/LOCK: %s", path, strerror(errno));
+        return winnow_text_refuse(-errno, text, "data_dir %.120s/LOCK: %s", path, strerror(errno));
     struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
     char pid[16] = "";
     if (fcntl(dir->lock_fd, F_OFD_SETLK, &lock) < 0) {
         if (errno != EAGAIN && errno != EACCES)
-            return refuse(-errno, text, "data_dir %.120s/LOCK: %s", path, strerror(errno));
+            return winnow_text_refuse(-errno, text, "data_dir %.120s/LOCK: %s", path,
+                                      strerror(errno));
         ssize_t n_bytes = read(dir->lock_fd, pid, sizeof pid - 1);
         pid[n_bytes > 0 ? n_bytes : 0] = '\0';
-        return refuse(-EBUSY, text,
-                      "data_dir %.120s is in use by process %ld: stop it, or use another directory",
-                      path, strtol(pid, NULL, 10));
+        return winnow_text_refuse(
+            -EBUSY, text,
+            "data_dir %.120s is in use by process %ld: stop it, or use another directory", path,
+            strtol(pid, NULL, 10));
     }
     int n_bytes = snprintf(pid, sizeof pid, "%d\n", (int)getpid());
     if (ftruncate(dir->lock_fd, 0) < 0 || pwrite(dir->lock_fd, pid, (size_t)n_bytes, 0) != n_bytes)
@@ -135,21 +130,34 @@ static int lock_take(struct winnow_dir *dir, const char *path, char text[TEXT_BY
     return 0;
 }
 
-int winnow_dir_open(struct winnow_dir *dir, const char *path, char text[TEXT_BYTES])
+/* data/ is held to what the directory is. */
+static int data_check(const struct winnow_dir *dir, char text[WINNOW_TEXT_BYTES])
+{
+    int fd = openat(dir->fd, "data", O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+    if (fd < 0)
+        return winnow_text_refuse(-errno, text, "data_dir %.120s: %s", dir->data_path,
+                                  strerror(errno));
+    int rc = owner_check(fd, dir->data_path, text);
+    close(fd);
+    return rc;
+}
+
+int winnow_dir_open(struct winnow_dir *dir, const char *path, char text[WINNOW_TEXT_BYTES])
 {
     *dir = (struct winnow_dir){.fd = -1, .lock_fd = -1};
     if (snprintf(dir->data_path, sizeof dir->data_path, "%s/data", path) >=
         (int)sizeof dir->data_path)
-        return refuse(-ENAMETOOLONG, text, "data_dir is longer than %zu bytes",
-                      sizeof dir->data_path);
+        return winnow_text_refuse(-ENAMETOOLONG, text, "data_dir is longer than %zu bytes",
+                                  sizeof dir->data_path);
     int rc = dir->fd = path_open(path);
     if (rc == -ENOENT && mkdir(path, 0700) == 0)
         rc = dir->fd = path_open(path);
     if (rc == -ELOOP)
-        rc = refuse(-EACCES, text,
-                    "data_dir %.120s is reached through a symbolic link: name the real path", path);
+        rc = winnow_text_refuse(
+            -EACCES, text, "data_dir %.120s is reached through a symbolic link: name the real path",
+            path);
     else if (rc < 0)
-        rc = refuse(rc, text, "data_dir %.120s: %s", path, strerror(-rc));
+        rc = winnow_text_refuse(rc, text, "data_dir %.120s: %s", path, strerror(-rc));
     else
         rc = owner_check(dir->fd, path, text);
     if (!rc)
@@ -159,7 +167,9 @@ int winnow_dir_open(struct winnow_dir *dir, const char *path, char text[TEXT_BYT
     if (!rc)
         rc = lock_take(dir, path, text);
     if (!rc && mkdirat(dir->fd, "data", 0700) < 0 && errno != EEXIST)
-        rc = refuse(-errno, text, "data_dir %.120s/data: %s", path, strerror(errno));
+        rc = winnow_text_refuse(-errno, text, "data_dir %.120s/data: %s", path, strerror(errno));
+    if (!rc)
+        rc = data_check(dir, text);
     if (rc < 0)
         winnow_dir_close(dir);
     return rc;

@@ -266,8 +266,9 @@ static uint32_t uring_submit(void *arg, const struct winnow_io_op *op, uint32_t 
         sqe_prep(io, sqe, &op[n_taken++]);
         io->n_in_flight++;
     }
-    /* EINTR, EAGAIN, EBUSY: what was not consumed stays in the ring for the next submit or wait. */
-    io_uring_submit(&io->ring);
+    int rc = io_uring_submit(&io->ring);
+    /* What these left unconsumed stays in the ring for the next submit or wait. */
+    winnow_assert(rc >= 0 || rc == -EINTR || rc == -EAGAIN || rc == -EBUSY);
     return n_taken;
 }
 

@@ -12,9 +12,9 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <storage/inside.h>
+#include <storage/text.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
@@ -32,18 +32,8 @@ static const int64_t drain_ns = 10 * WINNOW_NS_PER_S;
 /* Stores whose open met a disk that does not answer: nobody's, and not to be freed. */
 static struct winnow_store *left_to_kernel;
 
-__attribute__((format(printf, 3, 4))) static int refuse(int rc, char text[256], const char *format,
-                                                        ...)
-{
-    va_list args;
-    va_start(args, format);
-    vsnprintf(text, 256, format, args);
-    va_end(args);
-    return rc;
-}
-
 static int sizes_check(struct winnow_store *store, const struct winnow_store_options *options,
-                       char text[256])
+                       char text[WINNOW_TEXT_BYTES])
 {
     uint64_t file_bytes = options->data_file_bytes;
     if (!file_bytes) {
@@ -52,15 +42,17 @@ static int sizes_check(struct winnow_store *store, const struct winnow_store_opt
             file_bytes *= 2;
     }
     if (file_bytes % WINNOW_GRAIN_BYTES || file_bytes == 0 || file_bytes > data_file_bytes_max)
-        return refuse(-EINVAL, text, "data_file_bytes %llu: a multiple of 2 MiB, at most 1 GiB",
-                      (unsigned long long)file_bytes);
+        return winnow_text_refuse(-EINVAL, text,
+                                  "data_file_bytes %llu: a multiple of 2 MiB, at most 1 GiB",
+                                  (unsigned long long)file_bytes);
     uint64_t n_files = options->disk_cap_bytes / file_bytes;
     if (n_files < 2)
-        return refuse(-EINVAL, text,
-                      "disk_cap %llu MiB is less than two data files of %llu MiB: "
-                      "raise disk_cap to %llu MiB",
-                      (unsigned long long)options->disk_cap_bytes >> 20,
-                      (unsigned long long)file_bytes >> 20, (unsigned long long)file_bytes >> 19);
+        return winnow_text_refuse(-EINVAL, text,
+                                  "disk_cap %llu MiB is less than two data files of %llu MiB: "
+                                  "raise disk_cap to %llu MiB",
+                                  (unsigned long long)options->disk_cap_bytes >> 20,
+                                  (unsigned long long)file_bytes >> 20,
+                                  (unsigned long long)file_bytes >> 19);
     store->disk_cap_bytes = options->disk_cap_bytes;
     store->data_file_bytes = file_bytes;
     store->n_files_max = (uint32_t)(n_files > N_FILES_MAX ? N_FILES_MAX : n_files);
@@ -124,7 +116,7 @@ static uint32_t window_of(int dir_fd)
 }
 
 static int io_open(struct winnow_store *store, const struct winnow_store_options *options,
-                   char text[256])
+                   char text[WINNOW_TEXT_BYTES])
 {
     const struct winnow_io_method *method = options->method, *sync_method;
     bool refuse_direct = false;
@@ -134,7 +126,7 @@ static int io_open(struct winnow_store *store, const struct winnow_store_options
         int rc = winnow_io_choose(options->io_method ? options->io_method : "auto", dir, &method,
                                   &refuse_direct, remedy);
         if (rc < 0)
-            return refuse(rc, text, "%s", remedy);
+            return winnow_text_refuse(rc, text, "%s", remedy);
     }
     sync_method = method->virtual_dir ? method : &winnow_io_pread;
     struct winnow_io_open io_options = {
@@ -146,7 +138,7 @@ static int io_open(struct winnow_store *store, const struct winnow_store_options
                                       store->data_file_bytes)) < 0)
         sync_method->close(io);
     if (rc < 0)
-        return refuse(rc, text, "sync thread: %s", strerror(-rc));
+        return winnow_text_refuse(rc, text, "sync thread: %s", strerror(-rc));
 
     uint32_t window = window_of(store->dir.fd);
     io_options.n_ops_max = window;
@@ -158,7 +150,7 @@ static int io_open(struct winnow_store *store, const struct winnow_store_options
                                           store->n_requests_max, store->n_files_max)) < 0)
         method->close(io);
     if (rc < 0)
-        return refuse(rc, text, "io_method %s: %s", method->name, strerror(-rc));
+        return winnow_text_refuse(rc, text, "io_method %s: %s", method->name, strerror(-rc));
     if (remedy[0])
         memcpy(facts->remedy, remedy, sizeof facts->remedy);
     store->dispatch.notify = store->grow.notify = options->notify;
@@ -213,7 +205,7 @@ static int file_keep(struct winnow_store *store, uint32_t file_no)
     return rc;
 }
 
-static int first_file_make(struct winnow_store *store, char text[256])
+static int first_file_make(struct winnow_store *store, char text[WINNOW_TEXT_BYTES])
 {
     int rc = winnow_grow_now(&store->grow, 0);
     if (!rc)
@@ -221,20 +213,21 @@ static int first_file_make(struct winnow_store *store, char text[256])
     if (!rc)
         winnow_store_file_add(store, 0);
     if (rc < 0)
-        return refuse(rc, text,
-                      "no room for the first data file of %llu MiB (5 %% of the file system stay "
-                      "free): %s; lower disk_cap or use another data_dir",
-                      (unsigned long long)store->data_file_bytes >> 20, strerror(-rc));
+        return winnow_text_refuse(
+            rc, text,
+            "no room for the first data file of %llu MiB (5 %% of the file system stay "
+            "free): %s; lower disk_cap or use another data_dir",
+            (unsigned long long)store->data_file_bytes >> 20, strerror(-rc));
     return 0;
 }
 
-static int files_take(struct winnow_store *store, char text[256])
+static int files_take(struct winnow_store *store, char text[WINNOW_TEXT_BYTES])
 {
     struct winnow_grow *grow = &store->grow;
     struct names names = {.store = store,
                           .found = winnow_alloc_array(store->n_files_max, sizeof(bool))};
     if (!names.found)
-        return refuse(-ENOMEM, text, "store: out of memory");
+        return winnow_text_refuse(-ENOMEM, text, "store: out of memory");
     int rc = grow->method->list(grow->io, name_take, &names);
     rc = rc < 0 ? rc : names.rc;
     for (uint32_t file_no = 0; !rc && file_no < store->n_files_max; file_no++)
@@ -242,7 +235,7 @@ static int files_take(struct winnow_store *store, char text[256])
             rc = file_keep(store, file_no);
     winnow_alloc_free(names.found);
     if (rc < 0)
-        return refuse(rc, text, "data files: %s", strerror(-rc));
+        return winnow_text_refuse(rc, text, "data files: %s", strerror(-rc));
     if (!store->n_files)
         rc = first_file_make(store, text);
     if (!rc)
@@ -263,22 +256,22 @@ static void store_free(struct winnow_store *store)
 }
 
 int winnow_store_open(const struct winnow_store_options *options, struct winnow_store **ret_store,
-                      char text[256])
+                      char text[WINNOW_TEXT_BYTES])
 {
     winnow_assert(options->dir && options->n_requests_max > 0 && options->n_segments_max > 0);
     *ret_store = NULL;
     text[0] = '\0';
     struct winnow_store *store = winnow_alloc(sizeof *store);
     if (!store)
-        return refuse(-ENOMEM, text, "store: out of memory");
+        return winnow_text_refuse(-ENOMEM, text, "store: out of memory");
     store->dir.fd = store->dir.lock_fd = -1;
     pthread_mutex_init(&store->stop_lock, NULL);
     int rc = sizes_check(store, options, text);
     if (!rc && !(options->method && options->method->virtual_dir))
         rc = winnow_dir_open(&store->dir, options->dir, text);
     if (!rc && (rc = tables_init(store, options)) < 0)
-        refuse(rc, text, "store: out of memory for %u requests and %u segments",
-               options->n_requests_max, options->n_segments_max);
+        winnow_text_refuse(rc, text, "store: out of memory for %u requests and %u segments",
+                           options->n_requests_max, options->n_segments_max);
     if (!rc)
         rc = io_open(store, options, text);
     if (!rc)

@@ -129,8 +129,12 @@ static void test_dir__writable_by_others_is_refused(void)
     CHECK_EQ(chmod(base, 0777), 0);
     refused(-EACCES, "sticky");
     CHECK_EQ(chmod(base, 01777), 0);
+    CHECK_EQ(mkdir(in_base("store/data"), 0700), 0);
+    CHECK_EQ(chmod(in_base("store/data"), 0777), 0);
     struct winnow_dir dir;
     char text[256];
+    CHECK_EQ(winnow_dir_open(&dir, in_base("store"), text), -EACCES);
+    CHECK_EQ(chmod(in_base("store/data"), 0755), 0);
     CHECK_EQ(winnow_dir_open(&dir, in_base("store"), text), 0);
     winnow_dir_close(&dir);
     base_remove();

@@ -387,6 +387,58 @@ static void test_store_real__files_grow_under_load(void)
     }
 }
 
+static uint32_t n_open_files(void)
+{
+    uint32_t n_names = 0;
+    DIR *dir = opendir("/proc/self/fd");
+    CHECK(dir);
+    while (readdir(dir))
+        n_names++;
+    closedir(dir);
+    return n_names;
+}
+
+/* Each allocation of an open over real files fails once: it is refused, or does with less, and no
+ * descriptor, thread or lock stays behind. */
+static void test_store_real__each_allocation_of_open_fails(void)
+{
+    struct real real;
+    real_init(&real);
+    uint32_t before = n_open_files();
+    bool complete = false;
+    for (uint64_t nth = 1; !complete; nth++) {
+        char text[256];
+        struct winnow_store_options options = real_options(&real, "auto");
+        uint64_t count = winnow_alloc_count();
+        winnow_alloc_fail_at(nth, 0);
+        int rc = winnow_store_open(&options, &real.store, text);
+        winnow_alloc_fail_at(0, 0);
+        complete = winnow_alloc_count() - count < nth;
+        CHECK(rc == 0 || (rc == -ENOMEM && !real.store));
+        CHECK(rc == 0 || !complete);
+        CHECK_EQ(winnow_store_close(real.store), 0);
+        CHECK_EQ(n_open_files(), before);
+        real.store = NULL;
+    }
+    real_finish(&real);
+}
+
+/* Two stores in one directory: the second is refused, and works once the first is gone. */
+static void test_store_real__second_store_is_refused(void)
+{
+    struct real real;
+    char text[256];
+    struct winnow_store *second;
+    real_init(&real);
+    real_open(&real, "pread");
+    struct winnow_store_options options = real_options(&real, "pread");
+    CHECK_EQ(winnow_store_open(&options, &second, text), -EBUSY);
+    CHECK(!second && strstr(text, "in use by process"));
+    CHECK_EQ(winnow_store_close(real.store), 0);
+    CHECK_EQ(winnow_store_open(&options, &real.store, text), 0);
+    real_finish(&real);
+}
+
 /* A file cut short, a byte changed and two blocks swapped on the real disk cost their own blocks. */
 static void test_store_real__damage_costs_its_own_block(void)
 {
@@ -443,6 +495,8 @@ int main(int argc, char **argv)
     char remedy[160];
     TEST_RUN(test_store_real__pread_round_trip);
     TEST_RUN(test_store_real__damage_costs_its_own_block);
+    TEST_RUN(test_store_real__each_allocation_of_open_fails);
+    TEST_RUN(test_store_real__second_store_is_refused);
     if (winnow_io_choose("io_uring", "/var/tmp", &method, &refuse_direct, remedy) < 0)
         TEST_SKIP(remedy);
     TEST_RUN(test_store_real__io_uring_round_trip);

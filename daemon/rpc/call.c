@@ -146,6 +146,7 @@ static void call_close(struct winnow_rpc_call *call)
 {
     winnow_assert(call->is_open);
     call->is_open = false;
+    call->rpc->n_open--;
     call->timer_ns = WINNOW_NEVER_NS;
     if (call->method->end)
         call->method->end(call);
@@ -261,7 +262,6 @@ static void on_request(struct winnow_rpc_call *call, bool ok)
     rpc->n_posted--;
     if (!ok) /* the server shuts down; the call was never open */
         return;
-    uint32_t n_used = winnow_pool_used(rpc->calls) - rpc->n_posted;
     winnow_rpc_call_post(rpc);
 
     const grpc_slice path = call->details.method;
@@ -269,6 +269,7 @@ static void on_request(struct winnow_rpc_call *call, bool ok)
         winnow_rpc_method_find((const char *)GRPC_SLICE_START_PTR(path), GRPC_SLICE_LENGTH(path));
     call->deadline_ns = deadline_of(call->details.deadline);
     call->is_open = true;
+    rpc->n_open++;
     winnow_rpc_call_begin(call);
     uint32_t n_max = rpc->limits->n_calls_max;
     if (call->method->is_stream)
@@ -277,9 +278,9 @@ static void on_request(struct winnow_rpc_call *call, bool ok)
         winnow_rpc_call_fail(call, -ENOTSUP, "no such method");
     else if (rpc->is_draining)
         winnow_rpc_call_fail(call, -EHOSTDOWN, "the daemon is stopping. hint: run without");
-    else if (n_used > n_max)
-        winnow_rpc_call_fail(call, -EDQUOT, "%u calls are open, limit %u. hint: host_pool", n_used,
-                             n_max);
+    else if (rpc->n_open > n_max)
+        winnow_rpc_call_fail(call, -EDQUOT, "%u calls are open, limit %u. hint: host_pool",
+                             rpc->n_open, n_max);
     else if (call->method->begin)
         call->method->begin(call);
 }

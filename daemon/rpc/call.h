@@ -183,7 +183,7 @@ struct winnow_rpc {
     grpc_call *wake_call;       /* an empty batch on it posts wake_tag */
     grpc_metadata boot;         /* initial metadata of every call */
     struct winnow_rpc_tag wake_tag, shutdown_tag;
-    uint32_t n_posted;
+    uint32_t n_posted, n_open;
     bool is_draining, is_shut_down;
 
     /* Any thread sets, the serving thread reads once woken. */

@@ -50,7 +50,8 @@ static void timeout(struct winnow_rpc_call *call)
                              ". hint: host_pool, or smaller windows",
                              call->range_bytes, call->rpc->limits->in_flight_bytes);
     else
-        winnow_rpc_call_fail(call, -ETIMEDOUT, "layer %u: the stream stalled after %u tokens",
+        winnow_rpc_call_fail(call, -ETIMEDOUT,
+                             "layer %u: the deadline passed or the stream stalled after %u tokens",
                              upload->layer, upload->is_exact ? upload->n_kv : upload->n_tokens);
 }
 

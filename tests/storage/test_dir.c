@@ -1,4 +1,6 @@
 /* The directory: who may use it and what may lie in it. Nothing refused is touched. */
+#include "place.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <storage/dir.h>
@@ -11,8 +13,7 @@ static char base[64]; /* a directory of each test's own */
 
 static void base_make(void)
 {
-    const char *parent = getenv("WINNOW_TEST_DIR");
-    snprintf(base, sizeof base, "%s/winnow-dir-XXXXXX", parent ? parent : "/var/tmp");
+    snprintf(base, sizeof base, "%s/winnow-dir-XXXXXX", test_dir());
     CHECK(mkdtemp(base));
 }
 

@@ -1,4 +1,6 @@
 /* Each I/O method through the same cases, and the choice among them. */
+#include "place.h"
+
 #include <base/alloc.h>
 #include <base/clock.h>
 #include <errno.h>
@@ -31,8 +33,7 @@ struct rig {
 
 static void dir_make(char dir[64])
 {
-    const char *base = getenv("WINNOW_TEST_DIR");
-    snprintf(dir, 64, "%s/winnow-io-XXXXXX", base ? base : "/var/tmp");
+    snprintf(dir, 64, "%s/winnow-io-XXXXXX", test_dir());
     CHECK(mkdtemp(dir));
 }
 
@@ -395,22 +396,22 @@ int main(int argc, char **argv)
     const struct winnow_io_method *method;
     bool refuse_direct;
     char remedy[160];
-    first_method = winnow_io_choose("io_uring", "/var/tmp", &method, &refuse_direct, remedy) < 0;
+    first_method = winnow_io_choose("io_uring", test_dir(), &method, &refuse_direct, remedy) < 0;
     TEST_RUN(test_io__pages_round_trip);
     TEST_RUN(test_io__submit_takes_what_fits);
     TEST_RUN(test_io__read_past_the_end_is_short);
     TEST_RUN(test_io__wake_ends_a_wait);
     TEST_RUN(test_io__names);
-    TEST_RUN(test_io__refused_uring_falls_back);
-    if (!first_method)
-        TEST_RUN(test_io__uring_makes_no_pread);
-    if (!first_method && !geteuid()) /* root alone is another user at will */
-        TEST_RUN(test_io__little_memlock_is_told);
     TEST_RUN(test_io__tmpfs_takes_the_pool);
     TEST_RUN(test_io__bad_choices_are_refused);
     if (first_method)
         TEST_SKIP(remedy);
+    if (test_dir_is_tmpfs())
+        TEST_SKIP("on tmpfs io_uring is not chosen");
+    TEST_RUN(test_io__refused_uring_falls_back);
+    TEST_RUN(test_io__uring_makes_no_pread);
     if (geteuid())
-        TEST_SKIP("the memlock limit is tested by root");
+        TEST_SKIP("the memlock limit is tested by root, who may be another user");
+    TEST_RUN(test_io__little_memlock_is_told);
     return TEST_END();
 }

@@ -432,6 +432,9 @@ static void test_store__full_disk_refuses_growth(void)
     fixture_settle(&fixture);
     CHECK_EQ(winnow_store_segment_create(fixture.store, 1, N, SLOT_BYTES, block_crc[2], &stored[2]),
              -ENOSPC);
+    uint64_t n_bytes; /* the file that could not be made left nothing */
+    CHECK(winnow_sim_disk_file(fixture.disk, "00000001.dat", &n_bytes));
+    CHECK(!winnow_sim_disk_file(fixture.disk, "00000002.dat", &n_bytes));
     winnow_store_segment_destroy(fixture.store, stored[0]);
     CHECK_EQ(winnow_store_segment_create(fixture.store, 1, N, SLOT_BYTES, block_crc[2], &stored[2]),
              0);

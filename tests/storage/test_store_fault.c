@@ -275,9 +275,12 @@ static void test_fault__failed_write_moves(void)
     struct winnow_stored *stored = segment_make(&fixture, N_BLOCKS, block_crc);
     for (uint32_t i = 0; i < N_BLOCKS; i++)
         block_fill(slot(&fixture, i), SLOT_BYTES, 1, i);
+    struct winnow_place before = winnow_stored_place(fixture.store, stored, N_BLOCKS - 1);
     CHECK_EQ(winnow_store_write(fixture.store, stored, 0, N_BLOCKS, slot(&fixture, 0), 0), 0);
     CHECK_EQ(fixture_run(&fixture, done, 1, WINNOW_NEVER_NS), 1);
     CHECK_EQ(done[0].result, 0);
+    struct winnow_place after = winnow_stored_place(fixture.store, stored, N_BLOCKS - 1);
+    CHECK(before.file_no != after.file_no || before.offset_bytes != after.offset_bytes);
     segment_ask(&fixture, stored, N_BLOCKS, N_BLOCKS, WINNOW_IO_EXACT, WINNOW_NEVER_NS);
     CHECK_EQ(fixture_run(&fixture, done, N_BLOCKS, WINNOW_NEVER_NS), N_BLOCKS);
     for (uint32_t i = 0; i < N_BLOCKS; i++) {

@@ -12,6 +12,7 @@
 #include <storage/inside.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -422,6 +423,37 @@ static void test_store_real__each_allocation_of_open_fails(void)
     real_finish(&real);
 }
 
+static bool mount_refused;
+
+/* Growth leaves a twentieth of the file system to others, though the cap would allow more. */
+static void test_store_real__five_percent_stay_free(void)
+{
+    struct real real;
+    static uint32_t block_crc[5 * 256];
+    struct winnow_stored *stored;
+    struct winnow_store_facts facts;
+    int rc;
+    real_init(&real);
+    /* Two files of 8 MiB would fit, and leave 3 %. */
+    mount_refused = mount("tmpfs", real.dir, "tmpfs", 0, "size=16896k,mode=0700") < 0;
+    if (!mount_refused) {
+        real_open(&real, "pread");
+        while ((rc = winnow_store_segment_create(real.store, 1, 5 * 256, BLOCK_BYTES, block_crc,
+                                                 &stored)) == -EAGAIN) {
+            struct winnow_store_done none;
+            notify_wait(&real);
+            CHECK_EQ(winnow_store_poll(real.store, &none, 1), 0);
+        }
+        CHECK_EQ(rc, -ENOSPC);
+        winnow_store_facts(real.store, &facts);
+        CHECK_EQ(facts.allocated_bytes, 8 << 20);
+        CHECK_EQ(winnow_store_close(real.store), 0);
+        CHECK_EQ(umount(real.dir), 0);
+        real.store = NULL;
+    }
+    real_finish(&real);
+}
+
 /* Two stores in one directory: the second is refused, and works once the first is gone. */
 static void test_store_real__second_store_is_refused(void)
 {
@@ -496,6 +528,7 @@ int main(int argc, char **argv)
     TEST_RUN(test_store_real__damage_costs_its_own_block);
     TEST_RUN(test_store_real__each_allocation_of_open_fails);
     TEST_RUN(test_store_real__second_store_is_refused);
+    TEST_RUN(test_store_real__five_percent_stay_free);
     if (winnow_io_choose("io_uring", test_dir(), &method, &refuse_direct, remedy) < 0)
         TEST_SKIP(remedy);
     TEST_RUN(test_store_real__io_uring_round_trip);
@@ -507,6 +540,8 @@ int main(int argc, char **argv)
         TEST_SKIP("on tmpfs the kernel accounts no reads, and the page cache is the disk");
     TEST_RUN(test_store_real__bytes_are_the_kernels);
     TEST_RUN(test_store_real__blocks_bypass_the_page_cache);
+    if (mount_refused)
+        TEST_SKIP("no right to mount a small file system");
     if (direct_refused)
         TEST_SKIP("the file system refuses O_DIRECT: blocks stay in the page cache");
     return TEST_END();

@@ -1,156 +1,55 @@
 /* What is refused: foreign handles, odd shapes and values, messages no honest client sends. Each
  * has its own errno, and the daemon serves on afterwards. */
-#include <base/clock.h>
-#include <client/rpc.h>
 #include <errno.h>
-#include <proto/wire.h>
 #include <signal.h>
 #include <system/daemon.h>
 #include <system/engine.h>
+#include <system/raw.h>
 #include <test.h>
 
 static const char *const small[] = {"--host-pool", "32MiB", "--disk-cap", "512MiB",
                                     "--threads",   "1",     NULL};
 static struct daemon daemon_all;
 
+/* One message with a tensor. */
+static struct winnow_status send_one(struct raw *raw, const char *method, void *message,
+                                     size_t tensor_bytes)
+{
+    return raw_send(raw, method, &(struct raw_message){message, tensor_bytes}, 1, NULL, NULL);
+}
+
 static winnow_model plain_model(void)
 {
     return engine_model(2, 4, 2, 64, 64, WINNOW_DTYPE_FP16, WINNOW_DTYPE_FP32);
 }
 
-static int64_t in_5_s(void)
+/* The same for the three streams: Append and AttendExact by status, an Attend item by its own. */
+static void deny_streams(struct raw *raw, uint64_t session, const char *text)
 {
-    return winnow_clock_now_ns() + 5 * WINNOW_NS_PER_S;
+    Winnow__V1__AppendMessage append = WINNOW__V1__APPEND_MESSAGE__INIT;
+    Winnow__V1__AttendExactMessage exact = WINNOW__V1__ATTEND_EXACT_MESSAGE__INIT;
+    Winnow__V1__AttendRequest attend = WINNOW__V1__ATTEND_REQUEST__INIT;
+    Winnow__V1__AttendItem item = WINNOW__V1__ATTEND_ITEM__INIT, *items[] = {&item};
+    const Winnow__V1__AttendReply *reply;
+    append.token = exact.token = attend.token = raw_token(raw);
+    append.session = exact.session = item.session = session;
+    exact.n_tokens = 1;
+    attend.model = raw->model;
+    attend.n_items = 1;
+    attend.items = items;
+    struct winnow_status status = raw_call(raw, "Append", &append);
+    CHECK_EQ(status.error, -ENOENT);
+    CHECK_STR(status.text, text);
+    status = raw_call(raw, "AttendExact", &exact);
+    CHECK_EQ(status.error, -ENOENT);
+    CHECK_STR(status.text, text);
+    status = raw_send(raw, "Attend", &(struct raw_message){&attend, RAW_Q_BYTES}, 1,
+                      &winnow__v1__attend_reply__descriptor, &reply);
+    CHECK_EQ(status.error, 0);
+    CHECK(reply && reply->n_results == 1);
+    CHECK_EQ(reply->results[0]->status, -ENOENT);
+    CHECK_STR(reply->results[0]->text, text);
 }
-
-/* ---- the raw wire ---- */
-
-/* A lease of our own, to send what libwinnow would not. */
-struct raw {
-    struct winnow_channel *channel;
-    struct winnow_call *lease;
-    struct winnow_wire_arena *arena;
-    uint8_t token[WINNOW_WIRE_ID_BYTES];
-    uint64_t session;
-    uint32_t model;
-};
-
-static struct iovec encode(const void *message, size_t tensor_bytes)
-{
-    size_t head_bytes = winnow_wire_head_bytes(message, tensor_bytes);
-    struct iovec part = {calloc(1, head_bytes + tensor_bytes), head_bytes + tensor_bytes};
-    winnow_wire_head(message, tensor_bytes, part.iov_base);
-    return part;
-}
-
-static void *decode(struct raw *raw, const ProtobufCMessageDescriptor *type, const void *data,
-                    size_t n_bytes)
-{
-    struct winnow_wire_slice slice = {data, n_bytes};
-    struct winnow_wire_input input = {&slice, 1, WINNOW_WIRE_MESSAGE_BYTES_MAX, false};
-    struct winnow_wire_message message;
-    winnow_wire_arena_reset(raw->arena);
-    CHECK_EQ(winnow_wire_decode(raw->arena, type, &input, &message), 0);
-    return message.message;
-}
-
-/* Bytes as they are, to any method; the status. */
-static struct winnow_status send_bytes(struct raw *raw, const char *method, const void *data,
-                                       size_t n_bytes)
-{
-    struct winnow_status status;
-    struct iovec part = {(void *)data, n_bytes};
-    void *reply = NULL;
-    size_t n_reply;
-    if (winnow_channel_call(raw->channel, method, &part, 1, in_5_s(), &reply, &n_reply, &status) ==
-        0)
-        free(reply);
-    return status;
-}
-
-/* A message to any method; `reply_type` NULL: the reply is dropped. */
-static struct winnow_status send_message(struct raw *raw, const char *method, const void *message,
-                                         size_t tensor_bytes)
-{
-    struct iovec part = encode(message, tensor_bytes);
-    struct winnow_status status = send_bytes(raw, method, part.iov_base, part.iov_len);
-    free(part.iov_base);
-    return status;
-}
-
-static ProtobufCBinaryData raw_token(struct raw *raw)
-{
-    return (ProtobufCBinaryData){sizeof raw->token, raw->token};
-}
-
-static void raw_open(struct raw *raw)
-{
-    Winnow__V1__LeaseBeat beat = WINNOW__V1__LEASE_BEAT__INIT;
-    const void *data;
-    size_t n_bytes;
-    *raw = (struct raw){0};
-    CHECK_EQ(winnow_wire_arena_create(&raw->arena), 0);
-    CHECK_EQ(winnow_channel_open(daemon_all.socket, in_5_s(), &raw->channel), 0);
-    CHECK_EQ(winnow_call_open(raw->channel, "Lease", WINNOW_NEVER_NS, &raw->lease), 0);
-    struct iovec part = encode(&beat, 0);
-    CHECK_EQ(winnow_call_start(raw->lease, WINNOW_CALL_SEND | WINNOW_CALL_RECEIVE, &part, 1), 0);
-    CHECK_EQ(winnow_call_wait(raw->lease, in_5_s(), &data, &n_bytes), 0);
-    const Winnow__V1__LeaseEvent *event =
-        decode(raw, &winnow__v1__lease_event__descriptor, data, n_bytes);
-    CHECK_EQ(event->token.len, sizeof raw->token);
-    memcpy(raw->token, event->token.data, sizeof raw->token);
-    free(part.iov_base);
-}
-
-static Winnow__V1__ModelShape raw_shape(void)
-{
-    Winnow__V1__ModelShape shape = WINNOW__V1__MODEL_SHAPE__INIT;
-    shape.layers = 2;
-    shape.q_heads = 4;
-    shape.kv_heads = 2;
-    shape.k_width = shape.v_width = 64;
-    shape.softmax_scale = 0.125F;
-    shape.kv_dtype = WINNOW__V1__DTYPE__DTYPE_FP16;
-    shape.io_dtype = WINNOW__V1__DTYPE__DTYPE_FP32;
-    return shape;
-}
-
-static struct winnow_status raw_open_session(struct raw *raw, Winnow__V1__ModelShape *shape,
-                                             Winnow__V1__SessionOptions *options, const char *label)
-{
-    Winnow__V1__OpenSessionRequest request = WINNOW__V1__OPEN_SESSION_REQUEST__INIT;
-    uint8_t id[WINNOW_WIRE_ID_BYTES];
-    static uint8_t n_requests;
-    memset(id, ++n_requests, sizeof id);
-    request.token = raw_token(raw);
-    request.model = shape;
-    request.options = options;
-    request.label = (char *)label;
-    request.request_id = (ProtobufCBinaryData){sizeof id, id};
-    struct iovec part = encode(&request, 0);
-    struct winnow_status status;
-    void *reply;
-    size_t n_bytes;
-    if (winnow_channel_call(raw->channel, "OpenSession", &part, 1, in_5_s(), &reply, &n_bytes,
-                            &status) == 0) {
-        const Winnow__V1__OpenSessionReply *opened =
-            decode(raw, &winnow__v1__open_session_reply__descriptor, reply, n_bytes);
-        raw->session = opened->session;
-        raw->model = opened->model;
-        free(reply);
-    }
-    free(part.iov_base);
-    return status;
-}
-
-static void raw_close(struct raw *raw)
-{
-    winnow_call_finish(raw->lease, 0, NULL);
-    winnow_channel_close(raw->channel);
-    winnow_wire_arena_destroy(raw->arena);
-}
-
-/* ---- tests ---- */
 
 /* Another client's session, a made-up one, one closed, and one under a made-up token are denied in
  * the same words: nobody learns which ids exist. */
@@ -158,8 +57,8 @@ static void test_denied__foreign_handles_all_look_alike(void)
 {
     struct raw mine, other;
     Winnow__V1__ModelShape shape = raw_shape();
-    raw_open(&mine);
-    raw_open(&other);
+    raw_open(&mine, daemon_all.socket);
+    raw_open(&other, daemon_all.socket);
     CHECK_EQ(raw_open_session(&mine, &shape, NULL, "mine").error, 0);
     CHECK_EQ(raw_open_session(&other, &shape, NULL, "other").error, 0);
 
@@ -168,7 +67,8 @@ static void test_denied__foreign_handles_all_look_alike(void)
     Winnow__V1__CloseRequest close_request = WINNOW__V1__CLOSE_REQUEST__INIT;
     close_request.token = raw_token(&other);
     close_request.session = other.session;
-    CHECK_EQ(send_message(&other, "Close", &close_request, 0).error, 0);
+    CHECK_EQ(raw_call(&other, "Close", &close_request).error, 0);
+    other.model = mine.model;
     for (uint32_t i = 0; i < sizeof ids / sizeof *ids; i++) {
         Winnow__V1__TruncateRequest truncate = WINNOW__V1__TRUNCATE_REQUEST__INIT;
         Winnow__V1__ForkRequest fork = WINNOW__V1__FORK_REQUEST__INIT;
@@ -179,25 +79,25 @@ static void test_denied__foreign_handles_all_look_alike(void)
         fork.request_id = (ProtobufCBinaryData){sizeof request_id, request_id};
         const struct {
             const char *method;
-            const void *message;
+            void *message;
         } calls[] = {
             {"Truncate", &truncate}, {"Fork", &fork}, {"Stats", &stats}, {"Close", &close_request}};
         for (uint32_t j = 0; j < 4; j++) {
             if (j == 2 && !ids[i])
                 continue; /* Stats of session 0: all of the lease's own */
-            struct winnow_status status =
-                send_message(&other, calls[j].method, calls[j].message, 0);
+            struct winnow_status status = raw_call(&other, calls[j].method, calls[j].message);
             CHECK_EQ(status.error, -ENOENT);
             if (!*text)
                 strcpy(text, status.text);
             CHECK_STR(status.text, text);
         }
+        deny_streams(&other, ids[i], text);
     }
     Winnow__V1__TruncateRequest forged = WINNOW__V1__TRUNCATE_REQUEST__INIT;
     uint8_t token[WINNOW_WIRE_ID_BYTES] = {1, 2, 3};
     forged.token = (ProtobufCBinaryData){sizeof token, token};
     forged.session = mine.session;
-    struct winnow_status status = send_message(&other, "Truncate", &forged, 0);
+    struct winnow_status status = raw_call(&other, "Truncate", &forged);
     CHECK_EQ(status.error, -ENOENT);
     CHECK_STR(status.text, text);
     raw_close(&mine);
@@ -208,7 +108,7 @@ static void test_denied__foreign_handles_all_look_alike(void)
 static void test_denied__impossible_sessions(void)
 {
     struct raw raw;
-    raw_open(&raw);
+    raw_open(&raw, daemon_all.socket);
     for (uint32_t i = 0; i < 16; i++) {
         Winnow__V1__ModelShape shape = raw_shape();
         Winnow__V1__SessionOptions options = WINNOW__V1__SESSION_OPTIONS__INIT;
@@ -261,20 +161,20 @@ static void test_denied__malformed_messages(void)
                                           "Close",       "Stats",       "Append",   "Attend",
                                           "AttendExact", "Lease"};
     struct raw raw;
-    raw_open(&raw);
+    raw_open(&raw, daemon_all.socket);
     for (uint32_t i = 0; i < sizeof methods / sizeof *methods; i++) {
-        struct winnow_status status = send_bytes(&raw, methods[i], "\377\377\377\377\377", 5);
+        struct winnow_status status = raw_send_bytes(&raw, methods[i], "\377\377\377\377\377", 5);
         CHECK_EQ(status.error, -EINVAL);
-        status = send_bytes(&raw, methods[i], "\352\006\001x", 4); /* field 109 */
+        status = raw_send_bytes(&raw, methods[i], "\352\006\001x", 4); /* field 109 */
         CHECK_EQ(status.error, -EINVAL);
         CHECK(strstr(status.text, "109"));
     }
-    CHECK_EQ(send_bytes(&raw, "Everything", "", 0).error, -ENOTSUP);
+    CHECK_EQ(raw_send_bytes(&raw, "Everything", "", 0).error, -ENOTSUP);
 
     /* Far more than a message may have. */
     size_t n_bytes = 3 << 20;
     uint8_t *large = calloc(1, n_bytes);
-    struct winnow_status status = send_bytes(&raw, "Attend", large, n_bytes);
+    struct winnow_status status = raw_send_bytes(&raw, "Attend", large, n_bytes);
     CHECK(status.error == -EMSGSIZE || status.error == -EDQUOT);
     free(large);
     raw_close(&raw);
@@ -286,16 +186,16 @@ static void test_denied__streams_out_of_order(void)
 {
     struct raw raw;
     Winnow__V1__ModelShape shape = raw_shape();
-    raw_open(&raw);
+    raw_open(&raw, daemon_all.socket);
     CHECK_EQ(raw_open_session(&raw, &shape, NULL, "").error, 0);
 
     Winnow__V1__AppendMessage chunk = WINNOW__V1__APPEND_MESSAGE__INIT;
     chunk.n_tokens = 1;
-    CHECK_EQ(send_message(&raw, "Append", &chunk, 2 * 2 * 64 * 4).error, -ENOENT);
+    CHECK_EQ(send_one(&raw, "Append", &chunk, RAW_KV_BYTES).error, -ENOENT);
     Winnow__V1__AttendExactMessage part = WINNOW__V1__ATTEND_EXACT_MESSAGE__INIT;
     part.part = WINNOW__V1__ATTEND_EXACT_MESSAGE__PART__PART_Q;
     part.n_chunk = 1;
-    CHECK_EQ(send_message(&raw, "AttendExact", &part, 4 * 64 * 4).error, -ENOENT);
+    CHECK_EQ(send_one(&raw, "AttendExact", &part, RAW_Q_BYTES).error, -ENOENT);
 
     Winnow__V1__AttendRequest attend = WINNOW__V1__ATTEND_REQUEST__INIT;
     Winnow__V1__AttendItem item = WINNOW__V1__ATTEND_ITEM__INIT, *items[] = {&item};
@@ -304,12 +204,12 @@ static void test_denied__streams_out_of_order(void)
     attend.n_items = 1;
     attend.items = items;
     item.session = raw.session;
-    CHECK_EQ(send_message(&raw, "Attend", &attend, 17).error, -EINVAL);
+    CHECK_EQ(send_one(&raw, "Attend", &attend, 17).error, -EINVAL);
     attend.n_items = 0;
-    CHECK_EQ(send_message(&raw, "Attend", &attend, 0).error, -EMSGSIZE);
+    CHECK_EQ(raw_call(&raw, "Attend", &attend).error, -EMSGSIZE);
     attend.n_items = 1;
     attend.model = raw.model + 1000;
-    CHECK_EQ(send_message(&raw, "Attend", &attend, 4 * 64 * 4).error, -ENOENT);
+    CHECK_EQ(send_one(&raw, "Attend", &attend, RAW_Q_BYTES).error, -ENOENT);
     raw_close(&raw);
 
     struct engine engine;

@@ -99,15 +99,16 @@ static void file_begin(struct winnow_grow *grow, uint32_t file_no)
     grow->file_no = file_no;
     grow->n_again = 0;
     file_name(file_no, name);
-    int rc = space_left(grow) ? 0 : -ENOSPC;
-    if (!rc)
-        rc = grow->method->file_open(grow->io, name, 1, &grow->file_idx, &n_bytes);
+    int rc = grow->method->file_open(grow->io, name, 1, &grow->file_idx, &n_bytes);
     if (rc < 0) {
         file_end(grow, rc);
         return;
     }
     grow->state = WINNOW_GROW_ALLOCATING;
-    op_submit(grow);
+    if (n_bytes < grow->file_bytes && !space_left(grow))
+        file_end(grow, -ENOSPC);
+    else
+        op_submit(grow);
 }
 
 static void op_done(struct winnow_grow *grow, int32_t result)

@@ -158,7 +158,7 @@ static void test_store__adjacent_blocks_merge(void)
 static void test_store__batch_is_sorted_by_place(void)
 {
     struct fixture fixture;
-    uint32_t block_crc[N_BLOCKS], order[N_BLOCKS];
+    uint32_t block_crc[N_BLOCKS], order[N_BLOCKS] = {0};
     struct winnow_store_done done[N_BLOCKS];
     struct winnow_store_read read[N_BLOCKS];
     struct winnow_rng rng;

@@ -115,6 +115,8 @@ struct winnow_kernels {
     /* Bytes of scratch (64-byte aligned) that build, score, probe, select and select_more of
      * n_blocks may use. */
     size_t (*scratch_bytes)(const struct winnow_model_shape *, uint32_t n_blocks);
+    /* The same without build: of score, probe, select and select_more over n_blocks. */
+    size_t (*select_scratch_bytes)(const struct winnow_model_shape *, uint32_t n_blocks);
 
     /* n numbers of `dtype` to fp32 and back (round to nearest even). 0; -EDOM: a NaN or Inf
      * (from_float: or a value that overflows the type), dst then partly written. */

@@ -32,7 +32,7 @@ static inline uint32_t shape_n_q(const struct winnow_model_shape *shape)
 
 SIMD const void *element_at(uint32_t dtype, const void *p, size_t idx)
 {
-    return (const char *)p + idx * (dtype == WINNOW_FP32 ? 4 : 2);
+    return (const char *)p + idx * dtype_bytes(dtype);
 }
 
 /* Asks for what lies `ahead` bytes further on: the same place of the block to come. */
@@ -55,8 +55,7 @@ SIMD void tile_logits(uint32_t dtype, uint32_t n_q, size_t k_width, float scale,
         for (uint32_t c = 0; c < n_chains; c++)
             sum[g][c] = v16_set1(0.0f);
     for (size_t d = 0; d < k_width; d += n_chains) {
-        prefetch_ahead(element_at(dtype, k, 16 * d), ahead,
-                       16 * n_chains * (dtype == WINNOW_FP32 ? 4 : 2));
+        prefetch_ahead(element_at(dtype, k, 16 * d), ahead, 16 * n_chains * dtype_bytes(dtype));
 #pragma GCC unroll 4
         for (uint32_t c = 0; c < n_chains; c++) {
             v16 x = v16_load_as(dtype, k, 16 * (d + c));
@@ -88,7 +87,7 @@ SIMD void tile_value_columns(uint32_t dtype, uint32_t n_q, uint32_t n_vectors, s
             sum[g][c] = v16_mul(v16_load(o + g * o_stride + 16 * c), v16_set1(shrink[g]));
     for (size_t t = 0; t < n_tokens; t++) {
         prefetch_ahead(element_at(dtype, v, t * v_width), ahead,
-                       16 * n_vectors * (dtype == WINNOW_FP32 ? 4 : 2));
+                       16 * n_vectors * dtype_bytes(dtype));
 #pragma GCC unroll 4
         for (uint32_t c = 0; c < n_vectors; c++) {
             v16 x = v16_load_as(dtype, v, t * v_width + 16 * c);

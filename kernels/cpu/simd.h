@@ -61,6 +61,11 @@ SIMD v16 v16_div(v16 a, v16 b)
     return _mm512_div_ps(a, b);
 }
 
+SIMD v16 v16_sqrt(v16 a)
+{
+    return _mm512_sqrt_ps(a);
+}
+
 SIMD v16 v16_max(v16 a, v16 b)
 {
     return _mm512_max_ps(a, b);
@@ -135,6 +140,16 @@ SIMD v16i v16i_and(v16i a, v16i b)
     return _mm512_and_si512(a, b);
 }
 
+SIMD v16i v16i_or(v16i a, v16i b)
+{
+    return _mm512_or_si512(a, b);
+}
+
+SIMD v16i v16i_xor(v16i a, v16i b)
+{
+    return _mm512_xor_si512(a, b);
+}
+
 SIMD v16i v16i_shift_right(v16i a, int n) /* arithmetic */
 {
     return _mm512_srai_epi32(a, (unsigned)n);
@@ -199,6 +214,11 @@ SIMD void v16_to_fp16(uint16_t *p, v16 a)
 SIMD uint32_t v16i_equal_bits(v16i a, v16i b)
 {
     return _mm512_cmpeq_epi32_mask(a, b);
+}
+
+SIMD float v16_get1(v16 a) /* lane 0 */
+{
+    return _mm512_cvtss_f32(a);
 }
 
 SIMD float v16_sum(v16 a)
@@ -283,6 +303,11 @@ SIMD v16 v16_div(v16 a, v16 b)
     return (v16){_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
 }
 
+SIMD v16 v16_sqrt(v16 a)
+{
+    return (v16){_mm256_sqrt_ps(a.lo), _mm256_sqrt_ps(a.hi)};
+}
+
 SIMD v16 v16_max(v16 a, v16 b)
 {
     return (v16){_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
@@ -357,6 +382,16 @@ SIMD v16i v16i_sub(v16i a, v16i b)
 SIMD v16i v16i_and(v16i a, v16i b)
 {
     return (v16i){_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)};
+}
+
+SIMD v16i v16i_or(v16i a, v16i b)
+{
+    return (v16i){_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)};
+}
+
+SIMD v16i v16i_xor(v16i a, v16i b)
+{
+    return (v16i){_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)};
 }
 
 SIMD v16i v16i_shift_right(v16i a, int n) /* arithmetic */
@@ -445,6 +480,11 @@ SIMD uint32_t v16i_equal_bits(v16i a, v16i b)
            (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(hi)) << 8;
 }
 
+SIMD float v16_get1(v16 a) /* lane 0 */
+{
+    return _mm256_cvtss_f32(a.lo);
+}
+
 SIMD float v16_sum(v16 a)
 {
     __m256 b = _mm256_add_ps(a.lo, a.hi);
@@ -508,9 +548,19 @@ SIMD __m256 v8_max(__m256 a, __m256 b)
 ROWS_REDUCE(v16_rows_sum, v16_add)
 ROWS_REDUCE(v16_rows_largest, v16_max)
 
-/* Sixteen numbers of a 16-bit or 32-bit type, from its element idx on. */
+/* A type that no block has, beside enum winnow_dtype: stored means. */
+enum { DTYPE_INT8 = 16 };
+
+SIMD size_t dtype_bytes(uint32_t dtype)
+{
+    return dtype == WINNOW_FP32 ? 4 : dtype == DTYPE_INT8 ? 1 : 2;
+}
+
+/* Sixteen numbers of dtype, from its element idx on. */
 SIMD v16 v16_load_as(uint32_t dtype, const void *p, size_t idx)
 {
+    if (dtype == DTYPE_INT8)
+        return v16_from_i32(v16i_from_i8((const int8_t *)p + idx));
     if (dtype == WINNOW_FP16)
         return v16_from_fp16((const uint16_t *)p + idx);
     if (dtype == WINNOW_BF16)

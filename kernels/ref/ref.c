@@ -1,7 +1,14 @@
 /* The reference's table. */
 #include <kernels/ref/ref.h>
 
-/* Build: C and a key a token. Select: a key and a class a block, which is less. */
+/* A key and a class a block. */
+static size_t select_scratch_bytes(const struct winnow_model_shape *shape, uint32_t n_blocks)
+{
+    (void)shape;
+    return (size_t)n_blocks * (sizeof(uint64_t) + 1);
+}
+
+/* Build: C and a key a token, which is more than a selection needs. */
 static size_t scratch_bytes(const struct winnow_model_shape *shape, uint32_t n_blocks)
 {
     return winnow_ref_bisect_scratch_bytes(shape->k_width, n_blocks);
@@ -12,6 +19,7 @@ const struct winnow_kernels *winnow_kernels_ref(void)
     static const struct winnow_kernels ref = {
         .name = "ref",
         .scratch_bytes = scratch_bytes,
+        .select_scratch_bytes = select_scratch_bytes,
         .to_float = winnow_ref_to_float,
         .from_float = winnow_ref_from_float,
         .build = winnow_ref_build,

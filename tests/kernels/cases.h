@@ -49,7 +49,7 @@ enum kernel_input {
 static const char *const kernel_input_name[N_INPUTS] = {"random",   "needle", "equal",   "huge",
                                                         "overflow", "tiny",   "denormal"};
 
-enum { CASE_POSITIONS = 40 }; /* query positions of a window in the test */
+enum { CASE_POSITIONS = 26 }; /* query positions of a window in the test */
 
 struct kernel_data {
     struct winnow_model_shape shape;

@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 BIN = ROOT / "build/release/bin"
 DOCUMENTS = ROOT / "examples/smollm2/documents"
-HOST_POOL_MIB, INDEX_MIB, DISK_MIB = 32, 32, 512
+HOST_POOL_MIB, INDEX_MIB, DISK_MIB, SEGMENT_TOKENS = 32, 32, 512, 512
 MIB = 1 << 20
 
 
@@ -34,16 +34,14 @@ def say(step: int, text: str) -> None:
 class Daemon:
     """winnowd for the length of a with statement."""
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, *options: str) -> None:
         self.run_dir = Path(tempfile.mkdtemp(prefix="winnow-"))
         self.socket = self.run_dir / "winnow.sock"
         self.log = ROOT / "build/quickstart/winnowd.log"
         cache.mkdir(parents=True, exist_ok=True)
         self.command = [
-            str(BIN / "winnowd"),
-            *("--socket", str(self.socket), "--data-dir", str(cache / "data")),
-            *("--host-pool", f"{HOST_POOL_MIB}MiB", "--index-memory", f"{INDEX_MIB}MiB"),
-            *("--disk-cap", f"{DISK_MIB}MiB"),
+            *(str(BIN / "winnowd"), "--socket", str(self.socket), "--data-dir", str(cache / "data")),
+            *options,
         ]
 
     def __enter__(self) -> "Daemon":
@@ -116,7 +114,7 @@ def report_make(run: dict[str, Any], daemon: Daemon, started: float) -> dict[str
             "policy": status.get("policy", "codes"),
             "mass": run["sparse"]["mass_asked"],
             "sinks": 16,
-            "segment_tokens": run["segment_tokens"],
+            "segment_tokens": SEGMENT_TOKENS,
             "threads": status.get("threads"),
             "host_pool_bytes": HOST_POOL_MIB * MIB,
             "disk_cap_bytes": DISK_MIB * MIB,
@@ -173,7 +171,11 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, required=True)
     args = parser.parse_args()
     started = time.monotonic()
-    with Daemon(args.cache) as daemon:
+    options = [
+        *("--host-pool", f"{HOST_POOL_MIB}MiB", "--index-memory", f"{INDEX_MIB}MiB"),
+        *("--disk-cap", f"{DISK_MIB}MiB", "--segment-tokens", str(SEGMENT_TOKENS)),
+    ]
+    with Daemon(args.cache, *options) as daemon:
         command = [
             *(str(BIN / "smollm2"), "--socket", str(daemon.socket)),
             *("--model", str(ROOT / "build/quickstart/model.gguf"), "compare"),

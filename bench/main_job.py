@@ -1,0 +1,163 @@
+"""The main job measured: SmolLM2 through winnowd, ratios in one run. Needs ./quickstart --setup.
+
+  python3 bench/main_job.py speed      sparse against everything read, from memory and from disk;
+                                       llama.cpp beside it where `llama_cpp` can be imported
+  python3 bench/main_job.py policies   the quickstart's document under every policy
+  python3 bench/main_job.py retrieval  24 questions in documents of 2,000, 4,000, 7,000 tokens
+
+Prints markdown with the machine, the commit and the command; --json the numbers.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+from quickstart import BIN, DOCUMENTS, Daemon  # noqa: E402
+
+MODEL = ROOT / "build/quickstart/model.gguf"
+SMALL = ["--host-pool", "32MiB", "--index-memory", "32MiB", "--disk-cap", "512MiB"]
+LARGE = ["--host-pool", "256MiB", "--index-memory", "64MiB", "--disk-cap", "1GiB"]
+MIB = 1 << 20
+
+
+def machine() -> str:
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((s.split(":", 1)[1].strip() for s in cpuinfo if s.startswith("model name")), "?")
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    date = time.strftime("%Y-%m-%d", time.gmtime())
+    return f"{date}, {os.cpu_count()} cores of {cpu}, Linux {platform.release()}, commit {commit}"
+
+
+def compare(daemon: Daemon, name: str, *options: str) -> dict[str, Any]:
+    """The document read once, every question answered sparse and exact on forks."""
+    command = [
+        *(str(BIN / "smollm2"), "--socket", str(daemon.socket), "--model", str(MODEL), "compare"),
+        *("--document", str(DOCUMENTS / f"{name}.txt")),
+        *("--questions", str(DOCUMENTS / f"{name}.questions")),
+        *("--progress", "none", "--json", *options),
+    ]
+    result: dict[str, Any] = json.loads(subprocess.check_output(command))
+    return result
+
+
+def right(side: dict[str, Any]) -> int:
+    return sum(answer["correct"] for answer in side["answers"])
+
+
+def llama() -> dict[str, float] | None:
+    """llama.cpp with the whole cache in memory, the same document, tokens per second."""
+    try:
+        import llama_cpp
+    except ImportError:
+        return None
+    text = (DOCUMENTS / "quickstart.txt").read_bytes()
+    model = llama_cpp.Llama(
+        str(MODEL), n_ctx=8192, n_threads=os.cpu_count(), n_threads_batch=os.cpu_count(),
+        n_batch=512, verbose=False,
+    )
+    tokens = model.tokenize(text, add_bos=False)
+    start = time.monotonic()
+    model.eval(tokens)
+    prefill = len(tokens) / (time.monotonic() - start)
+    steps = []
+    for _ in range(48):
+        start = time.monotonic()
+        model.eval([int(model.scores[model.n_tokens - 1].argmax()) if model._logits_all else 504])
+        steps.append(time.monotonic() - start)
+    return {"prefill": prefill, "decode": 1 / sorted(steps)[len(steps) // 2]}
+
+
+def row(name: str, side: dict[str, Any]) -> str:
+    read = side["read_bytes_per_token"]
+    daemon_s = side.get("daemon_s", {}).get("p50")
+    return (
+        f"| {name} | {1 / side['step_s']['p50']:.1f} | {side['step_s']['p50'] * 1e3:.1f} | "
+        f"{daemon_s * 1e3 if daemon_s else float('nan'):.1f} | {side['share_read']:.1%} | "
+        f"{read['host'] / MIB:.1f} | {read['disk'] / MIB:.1f} |"
+    )
+
+
+def speed(cache: Path) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, options in (("memory", LARGE), ("disk", SMALL)):
+        with Daemon(cache, *options) as daemon:
+            result[name] = compare(daemon, "quickstart")
+    result["llama"] = llama()
+    print("| run | tokens/s | token ms | daemon ms | blocks read | from memory MiB | from disk MiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name in ("memory", "disk"):
+        print(row(f"{name}, P 0.9", result[name]["sparse"]))
+        print(row(f"{name}, everything", result[name]["exact"]))
+    if result["llama"]:
+        decode = result["llama"]["decode"]
+        print(f"| llama.cpp, all in memory | {decode:.1f} | {1e3 / decode:.1f} | | 100 % | | |")
+    prefill = [result[n]["sparse"]["prefill_tokens_per_s"] for n in ("memory", "disk")]
+    print(f"\nPrefill: {prefill[0]:.0f} tokens/s (256 MiB pool), {prefill[1]:.0f} (32 MiB)", end="")
+    print(f", llama.cpp {result['llama']['prefill']:.0f}" if result["llama"] else "")
+    return result
+
+
+def policies(cache: Path) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    print("| policy | blocks read | answers right | of those P = 1 has right | KL mean | tokens/s |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    with Daemon(cache, *LARGE) as daemon:
+        for policy in ("codes", "tactic", "moment", "exact"):
+            run = result[policy] = compare(daemon, "quickstart", "--policy", policy)
+            side, exact = run["sparse"], run["exact"]
+            kept = sum(
+                a["correct"] and b["correct"] for a, b in zip(side["answers"], exact["answers"])
+            )
+            print(
+                f"| `{policy}` | {side['share_read']:.1%} | {right(side)} of {len(side['answers'])} | "
+                f"{kept} of {right(exact)} | {run['compare']['kl_mean_nats']:.4f} | "
+                f"{1 / side['step_s']['p50']:.1f} |"
+            )
+    return result
+
+
+def retrieval(cache: Path) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    print("| document | P = 1 right | `codes` right | `moment` right |")
+    print("| --- | --- | --- | --- |")
+    totals = [0, 0, 0]
+    with Daemon(cache, *LARGE) as daemon:
+        for name in ("retrieval-2000", "retrieval-4000", "retrieval-7000"):
+            codes = compare(daemon, name, "--policy", "codes")
+            moment = compare(daemon, name, "--policy", "moment")
+            result[name] = {"codes": codes, "moment": moment}
+            one = [right(codes["exact"]), right(codes["sparse"]), right(moment["sparse"])]
+            totals = [a + b for a, b in zip(totals, one)]
+            print(f"| {name} | {one[0]} | {one[1]} | {one[2]} |")
+    print(f"| all 24 | {totals[0]} | {totals[1]} | {totals[2]} |")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", choices=["speed", "policies", "retrieval"])
+    parser.add_argument("--json", action="store_true", help="numbers on stdout, the table on stderr")
+    args = parser.parse_args()
+    stdout = sys.stdout
+    if args.json:
+        sys.stdout = sys.stderr
+    print(f"`python3 bench/main_job.py {args.what}`: {machine()}\n")
+    with tempfile.TemporaryDirectory(dir=ROOT / "build", prefix="bench-") as cache:
+        result = {"speed": speed, "policies": policies, "retrieval": retrieval}[args.what](Path(cache))
+    if args.json:
+        json.dump(result, stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,8 +13,8 @@
 /* Resident set of a daemon that serves nothing (code, shared libraries, stacks, gRPC's own):
  * 17 MiB on Debian 12, and what the heap keeps between messages. */
 #define PROCESS_BYTES (24 * MIB)
-/* What a live stream costs gRPC and us beside its data: call, metadata, transport entry. */
-#define CALL_BYTES (16 << 10)
+/* What a live stream costs gRPC and us: call, metadata, transport entry, unasked data. */
+#define CALL_BYTES ((16 << 10) + WINNOW_LOOKAHEAD_BYTES)
 /* A block read or written by the store: its request, and its places in three rings. */
 #define IO_REQUEST_BYTES 192
 /* A request in the core, with its errors' counters. */
@@ -141,13 +141,12 @@ void winnow_limits_plan(const struct winnow_config *config, const struct winnow_
     };
     limits->window_bytes = limits->in_flight_bytes;
     limits->window_tokens = WINNOW_WINDOW_TOKENS_MAX;
-    limits->lookahead_bytes = clamp(limits->in_flight_bytes / 8, 256 << 10, 8 * MIB);
     limits->n_segments_max = (uint32_t)clamp(limits->disk_cap_bytes / (2 * MIB), 64, 1 << 20);
     limits->io_bytes =
         2 * MIB + WINNOW_STORE_REQUESTS * IO_REQUEST_BYTES + (uint64_t)limits->n_segments_max * 64;
     limits->rpc_bytes = (uint64_t)limits->n_calls_max * CALL_BYTES +
                         (uint64_t)limits->n_items_max * ITEM_BYTES +
-                        (uint64_t)config->n_sessions_max * 512 + 4 * limits->lookahead_bytes;
+                        (uint64_t)config->n_sessions_max * 512;
 
     char value[24], limit[24], fits[24];
     if (limits->disk_cap_bytes > machine->disk_free_bytes && machine->disk_bytes)

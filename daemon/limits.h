@@ -21,6 +21,10 @@ struct winnow_machine {
 /* Looks; data_dir need not exist yet (its nearest existing parent counts). */
 void winnow_machine_probe(struct winnow_machine *machine, const char *data_dir);
 
+/* Data of a stream that gRPC takes before we ask; an upload is no slower than with 1 MiB, since a
+ * message that was asked for widens the window to its size. */
+enum { WINNOW_LOOKAHEAD_BYTES = 32 << 10 };
+
 struct winnow_limits {
     uint64_t host_pool_bytes, index_memory_bytes, disk_cap_bytes; /* the three caps */
     uint32_t n_threads, segment_tokens;
@@ -28,7 +32,6 @@ struct winnow_limits {
     uint64_t in_flight_bytes; /* Append and AttendExact data, all streams together */
     uint64_t window_bytes;    /* q, k, v, out, lse of one AttendExact window */
     uint32_t window_tokens;   /* of one window or Append chunk */
-    uint64_t lookahead_bytes; /* what gRPC takes of a stream before we ask */
     uint32_t n_posted;        /* calls awaited at once */
     uint32_t n_calls_max;     /* calls at once; the last n_calls_reserved are no streams' */
     uint32_t n_calls_reserved;

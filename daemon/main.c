@@ -19,6 +19,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/random.h>
+#include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <unistd.h>
 
@@ -88,6 +89,40 @@ static void tune_malloc(const struct winnow_limits *limits)
     } else {
         mallopt(M_ARENA_MAX, 2);
     }
+}
+
+/* What fits, in tokens of a model that people know. */
+static void print_room(const struct daemon *daemon, FILE *file)
+{
+    const struct winnow_model_shape shape = {
+        .n_layers = 32,
+        .n_q_heads = 32,
+        .n_kv_heads = 8,
+        .k_width = 128,
+        .v_width = 128,
+        .kv_dtype = WINNOW_FP16,
+        .io_dtype = WINNOW_FP32,
+        .block_layout = WINNOW_BLOCK_LAYOUT,
+    };
+    double kv_bytes = (double)shape.n_layers * shape.n_kv_heads * winnow_block_bytes(&shape) /
+                      WINNOW_BLOCK_TOKENS;
+    double index_bytes = winnow_core_index_bytes_per_token(&shape);
+    fprintf(file,
+            "room   %.0f tokens of an 8B model (index_memory), %.0f of them in memory (host_pool), "
+            "%.0f on disk (disk_cap)\n",
+            (double)daemon->limits.index_memory_bytes / index_bytes,
+            (double)daemon->limits.host_pool_bytes / kv_bytes,
+            (double)daemon->limits.disk_cap_bytes / kv_bytes);
+}
+
+/* A connection needs three descriptors. */
+static void raise_file_limit(void)
+{
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) < 0)
+        return;
+    limit.rlim_cur = limit.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &limit);
 }
 
 static int block_signals(struct daemon *daemon)
@@ -257,8 +292,9 @@ static int run(struct daemon *daemon, enum winnow_verb verb)
                             &daemon->complaints);
     if (daemon->complaints.n)
         return complain(daemon);
-    winnow_limits_print(&daemon->limits, &daemon->config, &daemon->origins, &daemon->machine,
-                        verb == WINNOW_VERB_CHECK ? stdout : stderr);
+    FILE *plan = verb == WINNOW_VERB_CHECK ? stdout : stderr;
+    winnow_limits_print(&daemon->limits, &daemon->config, &daemon->origins, &daemon->machine, plan);
+    print_room(daemon, plan);
     if (verb == WINNOW_VERB_CHECK)
         return 0;
     code = open_store(daemon);
@@ -273,8 +309,8 @@ static void finish(struct daemon *daemon)
 {
     winnow_listener_close(daemon->listener);
     winnow_store_close(daemon->store);
-    winnow_team_destroy(daemon->team);
     winnow_core_destroy(daemon->core);
+    winnow_team_destroy(daemon->team);
     winnow_rpc_destroy(daemon->rpc);
 }
 
@@ -324,6 +360,7 @@ int main(int argc, char **argv)
         return complain(&daemon);
     if (block_signals(&daemon) < 0)
         return EXIT_SOFTWARE;
+    raise_file_limit();
     tune_malloc(&daemon.limits);
     code = run(&daemon, verb);
     finish(&daemon);

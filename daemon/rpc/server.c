@@ -39,7 +39,7 @@ const struct winnow_rpc_method *winnow_rpc_method_find(const char *path, size_t 
     return &no_method;
 }
 
-static grpc_server *server_create(const struct winnow_limits *limits)
+static grpc_server *server_create(void)
 {
     const struct {
         const char *key;
@@ -49,7 +49,7 @@ static grpc_server *server_create(const struct winnow_limits *limits)
         {GRPC_ARG_ALLOW_REUSEPORT, 0},
         {GRPC_ARG_ENABLE_CHANNELZ, 0},
         {GRPC_ARG_HTTP2_BDP_PROBE, 0},
-        {GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, (int)limits->lookahead_bytes},
+        {GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, WINNOW_LOOKAHEAD_BYTES},
         {GRPC_ARG_HTTP2_MAX_FRAME_SIZE, 1 << 20},
         {GRPC_ARG_MAX_METADATA_SIZE, WINNOW_WIRE_METADATA_BYTES_MAX},
         {GRPC_ARG_MAX_CONCURRENT_STREAMS, 256},
@@ -115,7 +115,7 @@ int winnow_rpc_create(const struct winnow_rpc_options *options, struct winnow_rp
                                               grpc_slice_from_static_string("/wake"), NULL,
                                               gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL);
     winnow_assert(rpc->wake_call);
-    rpc->server = server_create(rpc->limits);
+    rpc->server = server_create();
     grpc_server_register_completion_queue(rpc->server, rpc->queue, NULL);
     grpc_server_start(rpc->server);
     *ret_rpc = rpc;

@@ -37,7 +37,8 @@ static size_t run_cut(struct winnow_run *run, uint8_t *base, const struct winnow
     run->n_more = cut(&c, n_kv, sizeof(uint32_t));
     run->exact = cut(&c, n_kv, 1);
     run->selection = cut(&c, n_kv, sizeof *run->selection);
-    run->scratch_bytes = (core->options.kernels->scratch_bytes(shape, n_blocks) + 63) & ~(size_t)63;
+    run->scratch_bytes =
+        (core->options.kernels->select_scratch_bytes(shape, n_blocks) + 63) & ~(size_t)63;
     run->scratch = cut(&c, n_kv, run->scratch_bytes);
     run->ln_m = cut(&c, (size_t)n_kv * n_blocks * G, sizeof(float));
     for (uint32_t head = 0; head < n_kv; head++) {

@@ -255,6 +255,19 @@ static int link_connect(struct winnow_link *link, const char *path, bool with_le
     }
 }
 
+/* The daemon hung up before it said a word. On another user's that is what allow_uids looks like:
+ * foreign uids do not get as far as an answer. */
+static int link_denied(const struct winnow_link *link)
+{
+    int uid = winnow_channel_peer_uid(link->control);
+    if (uid < 0 || (uid_t)uid == geteuid())
+        return -EHOSTDOWN;
+    return winnow_error_set(-EACCES,
+                            "winnowd of uid %d hung up on uid %u. hint: ask its operator "
+                            "(allow_uids), or start your own",
+                            uid, (unsigned)geteuid());
+}
+
 static int link_open_path(const char *path, bool with_lease, int64_t deadline_ns,
                           struct winnow_link **ret_link)
 {
@@ -274,6 +287,8 @@ static int link_open_path(const char *path, bool with_lease, int64_t deadline_ns
     rc = link_connect(link, path, with_lease, deadline_ns);
     if (!rc)
         rc = link_ask_info(link, arena, deadline_ns);
+    if (rc == -EHOSTDOWN && link->control)
+        rc = link_denied(link);
     winnow_wire_arena_reset(arena);
     if (!rc && with_lease)
         rc = link_take_lease(link, arena, deadline_ns);

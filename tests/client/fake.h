@@ -14,7 +14,7 @@
 
 enum fake_script {
     FAKE_PLAIN,
-    FAKE_SILENT,       /* Info, Attend, AttendExact, Truncate: never answered */
+    FAKE_SILENT,       /* Attend, AttendExact, Truncate: never answered */
     FAKE_SHORT_DATA,   /* Attend: a byte of data too few */
     FAKE_FOREIGN_SEQ,  /* Attend: the answer to another step */
     FAKE_GARBAGE,      /* Attend, Truncate: bytes that are no message */

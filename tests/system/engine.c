@@ -336,6 +336,17 @@ int engine_decode(struct engine *engine, struct engine_step *step)
     return rc;
 }
 
+int engine_resend(struct engine *engine)
+{
+    uint32_t n_tokens = engine->n_tokens;
+    int rc = 0;
+    for (engine->n_tokens = 0; !rc && engine->n_tokens < n_tokens;) {
+        uint32_t n_left = n_tokens - engine->n_tokens;
+        rc = engine_window(engine, n_left < ENGINE_WINDOW_MAX ? n_left : ENGINE_WINDOW_MAX, NULL);
+    }
+    return rc;
+}
+
 int engine_truncate(struct engine *engine, uint32_t n_tokens)
 {
     int rc = winnow_session_truncate(engine->session, n_tokens, 0);

@@ -57,5 +57,7 @@ struct engine_step {
 };
 int engine_decode(struct engine *engine, struct engine_step *step);
 
+/* Sends all tokens again, into a session that is new and empty. */
+int engine_resend(struct engine *engine);
 /* Truncates context and bookkeeping. */
 int engine_truncate(struct engine *engine, uint32_t n_tokens);

@@ -1,9 +1,12 @@
 /* What people type: winnowd's start and end, winnow, hello; exit statuses and output. */
+#include <errno.h>
 #include <signal.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <system/daemon.h>
 #include <test.h>
 #include <unistd.h>
+#include <winnow/winnow.h>
 
 static const char *const small[] = {"--host-pool", "32MiB", "--disk-cap", "512MiB",
                                     "--threads",   "2",     NULL};
@@ -147,6 +150,37 @@ static void test_winnow__watch_writes_rows(void)
     daemon_remove(&daemon);
 }
 
+/* A user who is not in allow_uids does not get past the connection, even where the socket's own
+ * rights would let him, and is told so. */
+static void test_winnowd__foreign_uid_is_denied(void)
+{
+    enum { FOREIGN_UID = 65534 };
+    struct daemon daemon;
+    int status;
+    if (geteuid() != 0)
+        TEST_SKIP("only root can be another user");
+    daemon_init(&daemon, small);
+    daemon_start(&daemon);
+    CHECK_EQ(chmod(daemon.dir, 0711), 0);
+    CHECK_EQ(chmod(daemon.socket, 0666), 0);
+    pid_t pid = fork(); /* this process has not used the library yet */
+    if (pid == 0) {
+        winnow_client *client;
+        winnow_client_options options = WINNOW_CLIENT_OPTIONS;
+        options.address = daemon.socket;
+        if (setresuid(FOREIGN_UID, FOREIGN_UID, FOREIGN_UID) < 0)
+            _exit(1);
+        int rc = winnow_client_open(&options, &client);
+        fprintf(stderr, "%s\n", winnow_error_text());
+        _exit(rc == -EACCES && strstr(winnow_error_text(), "allow_uids") ? 0 : 2);
+    }
+    CHECK_EQ(waitpid(pid, &status, 0), pid);
+    CHECK(WIFEXITED(status));
+    CHECK_EQ(WEXITSTATUS(status), 0);
+    CHECK_EQ(daemon_stop(&daemon, SIGTERM), 0);
+    daemon_remove(&daemon);
+}
+
 int main(int argc, char **argv)
 {
     TEST_INIT(argc, argv);
@@ -155,5 +189,6 @@ int main(int argc, char **argv)
     TEST_RUN(test_hello__works);
     TEST_RUN(test_winnow__exit_status_and_output);
     TEST_RUN(test_winnow__watch_writes_rows);
+    TEST_RUN(test_winnowd__foreign_uid_is_denied);
     return TEST_END();
 }

@@ -184,7 +184,7 @@ struct winnow_rpc {
     grpc_metadata boot;         /* initial metadata of every call */
     struct winnow_rpc_tag wake_tag, shutdown_tag;
     uint32_t n_posted, n_open;
-    bool is_draining, is_shut_down;
+    bool is_draining, is_shut_down, is_stepping;
 
     /* Any thread sets, the serving thread reads once woken. */
     _Atomic bool is_woken;

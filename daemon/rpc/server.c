@@ -156,6 +156,16 @@ static void item_done(struct winnow_request *request)
     winnow_rpc_call_release_if_over(call);
 }
 
+/* Not from inside a step, where every `done` runs. */
+static int64_t step(struct winnow_rpc *rpc, int64_t now_ns)
+{
+    winnow_assert(!rpc->is_stepping);
+    rpc->is_stepping = true;
+    int64_t when_ns = winnow_core_step(rpc->core, now_ns);
+    rpc->is_stepping = false;
+    return when_ns;
+}
+
 void winnow_rpc_submit(struct winnow_rpc_item *item)
 {
     struct winnow_rpc *rpc = item->call->rpc;
@@ -164,8 +174,8 @@ void winnow_rpc_submit(struct winnow_rpc_item *item)
     item->request.done = item_done;
     item->request.user = item;
     int rc = winnow_core_submit(rpc->core, &item->request);
-    if (rc == -EAGAIN) { /* the core takes requests only in its step */
-        winnow_core_step(rpc->core, winnow_clock_now_ns());
+    if (rc == -EAGAIN && !rpc->is_stepping) { /* the core takes requests only in its step */
+        step(rpc, winnow_clock_now_ns());
         rc = winnow_core_submit(rpc->core, &item->request);
     }
     if (rc < 0) {
@@ -339,7 +349,7 @@ void winnow_rpc_run(struct winnow_rpc *rpc, struct winnow_core *core, struct win
         if (rpc->is_draining)
             go_on_draining(rpc, now_ns);
         run_timers(rpc, now_ns);
-        int64_t when_ns = winnow_core_step(core, now_ns);
+        int64_t when_ns = step(rpc, now_ns);
         if (rpc->next_timer_ns < when_ns)
             when_ns = rpc->next_timer_ns;
         if (rpc->is_draining && now_ns + 10 * WINNOW_NS_PER_MS < when_ns)

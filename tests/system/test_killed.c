@@ -353,9 +353,9 @@ int main(int argc, char **argv)
         return seed >> 63 ? forking_victim_main(argv[2]) : victim_main(argv[2], seed);
     }
     TEST_INIT(argc, argv);
+    TEST_RUN(test_killed__fork_keeps_no_lease);
     TEST_RUN(test_killed__clients_leave_nothing);
     TEST_RUN(test_killed__daemon_is_told_and_found_again);
     TEST_RUN(test_killed__stopped_daemon_keeps_its_sessions);
-    TEST_RUN(test_killed__fork_keeps_no_lease);
     return TEST_END();
 }

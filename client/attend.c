@@ -122,8 +122,8 @@ static int part_init(struct part *part, struct winnow_wire_arena *arena, uint32_
     winnow_wire_arena_reset(arena);
     *part = (struct part){
         .item = winnow_wire_arena_take(arena, n_items * sizeof *part->item),
-        .list = winnow_wire_arena_take(arena, n_items * sizeof *part->list),
-        .tensor = winnow_wire_arena_take(arena, 3 * n_items * sizeof *part->tensor),
+        .list = winnow_wire_arena_take(arena, n_items * sizeof(void *)),
+        .tensor = winnow_wire_arena_take(arena, sizeof *part->tensor * 3 * n_items),
     };
     return part->item && part->list && part->tensor ? 0 : -ENOMEM;
 }
@@ -287,7 +287,7 @@ int winnow_attend_submit(winnow_client *client, uint32_t layer, winnow_attend_it
     if (!rc)
         rc = winnow_client_begin(client, items[0].session->generation, &deadline_ns,
                                  WINNOW_DEFAULT_ATTEND_NS, &link);
-    if (rc < 0)
+    if (rc)
         return items ? items_fail(items, n_items, rc) : rc;
     rc = -EINVAL;
     if (client_find_step(client, false))

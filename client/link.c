@@ -11,6 +11,7 @@
 #include <string.h>
 #include <sys/un.h>
 #include <unistd.h>
+#include <winnow/winnow.h>
 
 #define LEASE_POLL_NS   (10 * WINNOW_NS_PER_MS)
 #define LIMIT_BYTES_MIN 4096 /* below it a daemon is not taken at its word */
@@ -70,6 +71,8 @@ static int channel_call(struct winnow_channel *channel, const char *method, cons
     if (winnow_channel_call(channel, method, &part, 1, deadline_ns, &data, &n_bytes, status) < 0)
         return winnow_error_set_status(status);
     status->error = winnow_message_decode(data, n_bytes, type, arena, ret_reply, NULL);
+    if (status->error < 0)
+        snprintf(status->text, sizeof status->text, "%s", winnow_error_text());
     free(data);
     return status->error;
 }

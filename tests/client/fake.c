@@ -94,6 +94,16 @@ static bool call_receive(struct fake_call *call, const ProtobufCMessageDescripto
     return true;
 }
 
+static void call_send_slice(struct fake_call *call, grpc_slice slice)
+{
+    grpc_byte_buffer *buffer = grpc_raw_byte_buffer_create(&slice, 1);
+    grpc_op op = {.op = GRPC_OP_SEND_MESSAGE};
+    op.data.send_message.send_message = buffer;
+    call_run(call, &op, 1);
+    grpc_byte_buffer_destroy(buffer);
+    grpc_slice_unref(slice);
+}
+
 static void call_send(struct fake_call *call, const void *message, const void *tensor,
                       size_t tensor_bytes)
 {
@@ -102,12 +112,7 @@ static void call_send(struct fake_call *call, const void *message, const void *t
     winnow_wire_head(message, tensor_bytes, GRPC_SLICE_START_PTR(slice));
     if (tensor_bytes)
         memcpy(GRPC_SLICE_START_PTR(slice) + head_bytes, tensor, tensor_bytes);
-    grpc_byte_buffer *buffer = grpc_raw_byte_buffer_create(&slice, 1);
-    grpc_op op = {.op = GRPC_OP_SEND_MESSAGE};
-    op.data.send_message.send_message = buffer;
-    call_run(call, &op, 1);
-    grpc_byte_buffer_destroy(buffer);
-    grpc_slice_unref(slice);
+    call_send_slice(call, slice);
 }
 
 static void call_end(struct fake_call *call, grpc_status_code code, int reason, const char *text,
@@ -143,13 +148,10 @@ static void call_stay_silent(struct fake_call *call)
 
 static void call_reply(struct fake_call *call, const void *message)
 {
-    if (is_script(call, FAKE_GARBAGE)) {
-        Winnow__V1__LeaseBeat odd = WINNOW__V1__LEASE_BEAT__INIT;
-        odd.beat = 7;
-        call_send(call, &odd, "\377\377\377", 3);
-    } else {
+    if (is_script(call, FAKE_GARBAGE))
+        call_send_slice(call, grpc_slice_from_static_string("\377\377\377\377\377"));
+    else
         call_send(call, message, NULL, 0);
-    }
     call_end(call, GRPC_STATUS_OK, 0, "", 0);
 }
 

@@ -17,7 +17,7 @@ enum fake_script {
     FAKE_SILENT,       /* Attend, AttendExact, Truncate: never answered */
     FAKE_SHORT_DATA,   /* Attend: a byte of data too few */
     FAKE_FOREIGN_SEQ,  /* Attend: the answer to another step */
-    FAKE_GARBAGE,      /* Attend, Truncate: bytes that are no message */
+    FAKE_GARBAGE,      /* Attend and control calls: bytes that are no message */
     FAKE_ITEM_LOST,    /* Attend: every item -ENODATA, truncate_to 48 */
     FAKE_LOST,         /* AttendExact: DATA_LOSS, truncate_to 80 */
     FAKE_REFUSED,      /* OpenSession: RESOURCE_EXHAUSTED, whose reason ENOSPC decides */

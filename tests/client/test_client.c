@@ -313,6 +313,9 @@ static void test_session__refusal_keeps_reason_and_text(void)
     CHECK_EQ(winnow_session_open(client, &options, &session, 0), -ENOSPC);
     CHECK(session == NULL);
     CHECK_STR(winnow_error_text(), "host_pool: no room");
+    fake_set_script(fake, FAKE_GARBAGE);
+    CHECK_EQ(winnow_session_open(client, &options, &session, 0), -EPROTO);
+    CHECK(text_has("answer of winnowd"));
     options.model.kv_heads = 3;
     CHECK_EQ(winnow_session_open(client, &options, &session, 0), -EINVAL);
     winnow_client_close(client);

@@ -176,17 +176,16 @@ int daemon_stop(struct daemon *daemon, int signal)
     return status;
 }
 
+/* All that comes, up to 1 MiB. */
 static char *fd_read_all(int fd)
 {
-    size_t n_bytes = 0, n_room = 4096;
-    char *text = malloc(n_room);
+    enum { N_BYTES_MAX = 1 << 20 };
+    char *text = malloc(N_BYTES_MAX + 1);
+    size_t n_bytes = 0;
     ssize_t n_here;
-    while (text && (n_here = read(fd, text + n_bytes, n_room - n_bytes - 1)) > 0) {
-        n_bytes += (size_t)n_here;
-        if (n_room - n_bytes == 1)
-            text = realloc(text, n_room *= 2);
-    }
     MUST(text);
+    while (n_bytes < N_BYTES_MAX && (n_here = read(fd, text + n_bytes, N_BYTES_MAX - n_bytes)) > 0)
+        n_bytes += (size_t)n_here;
     text[n_bytes] = 0;
     return text;
 }

@@ -147,7 +147,7 @@ static void print_status(const struct winnow_link *link, const Winnow__V1__Stats
     print_bar("index", s->index_bytes, s->index_cap_bytes, bars);
     putchar('\n');
     print_bar("disk", s->disk_used_bytes, s->disk_cap_bytes, bars);
-    printf("  %s%s%s, %s  written %s\n", s->io_method, *s->io_flags ? " " : "", s->io_flags,
+    printf("  %s, %s  written %s\n", s->io_method,
            s->io_direct ? "direct" : "through the page cache", cli_bytes(s->written_bytes, a));
     printf("now    %" PRIu64 " sessions  %" PRIu64 " tokens, %s of KV: %s in memory, %s on disk\n",
            s->sessions_open, s->tokens_held, cli_bytes(s->kv_bytes, a),

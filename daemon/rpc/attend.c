@@ -210,8 +210,13 @@ static int fill_item(struct winnow_rpc_call *call, struct winnow_rpc_item *item,
     struct winnow_lease *lease = winnow_lease_of_id(call->rpc->registry, call->lease_id);
     struct winnow_registry_session *session =
         winnow_registry_session_find(call->rpc->registry, from->session, lease);
-    if (!session || session->model != model)
+    if (!session)
         return -ENOENT;
+    if (session->model != model) {
+        snprintf(request->text, sizeof request->text, "a session of model %u, the step's is %u",
+                 session->model->number, model->number);
+        return -EINVAL;
+    }
     if (from->flags & ~known) {
         snprintf(request->text, sizeof request->text, "unknown flags %#x", from->flags & ~known);
         return -EINVAL;

@@ -229,11 +229,11 @@ struct winnow_registry_session *winnow_rpc_session(struct winnow_rpc_call *call,
 
 #define WINNOW_NO_SUCH_SESSION "no such session. hint: open it again"
 
-enum { /* states of Certificate's two homes */
+enum { /* deadlines of calls that bring none */
        WINNOW_CONTROL_DEFAULT_S = 5,
        WINNOW_ATTEND_DEFAULT_S = 2,
        WINNOW_EXACT_DEFAULT_S = 60,
-       WINNOW_STALL_S = 10, /* a stream that sends nothing of what it announced */
+       WINNOW_STALL_S = 10, /* an upload whose peer sends nothing, or does not read its reply */
 };
 
 /* attend.c */

@@ -32,10 +32,15 @@ static struct token_bytes token_bytes_of(const struct winnow_model_shape *shape)
     };
 }
 
+static int64_t stall_time(void)
+{
+    return winnow_clock_now_ns() + WINNOW_STALL_S * WINNOW_NS_PER_S;
+}
+
 /* Asks for the next message; one that does not come in time ends the stream. */
 static void receive(struct winnow_rpc_call *call)
 {
-    int64_t stall_ns = winnow_clock_now_ns() + WINNOW_STALL_S * WINNOW_NS_PER_S;
+    int64_t stall_ns = stall_time();
     int64_t deadline_ns = call->own.request.deadline_ns;
     winnow_rpc_call_set_timer(call, stall_ns < deadline_ns ? stall_ns : deadline_ns);
     winnow_rpc_call_receive(call);
@@ -44,7 +49,10 @@ static void receive(struct winnow_rpc_call *call)
 static void timeout(struct winnow_rpc_call *call)
 {
     struct winnow_rpc_upload *upload = &call->upload;
-    if (call->range_bytes && !call->range)
+    if (upload->n_sent)
+        winnow_rpc_call_fail(call, -ETIMEDOUT, "layer %u: out was not read for %d s", upload->layer,
+                             WINNOW_STALL_S);
+    else if (call->range_bytes && !call->range)
         winnow_rpc_call_fail(call, -EDQUOT,
                              "%" PRIu64 " bytes in flight were not free in time, limit %" PRIu64
                              ". hint: host_pool, or smaller windows",
@@ -349,6 +357,7 @@ static void exact_send(struct winnow_rpc_call *call)
     Winnow__V1__Certificate certificate;
     reply.n_chunk = n;
     bool is_last = upload->n_sent == upload->n_tokens;
+    winnow_rpc_call_set_timer(call, is_last ? WINNOW_NEVER_NS : stall_time());
     if (is_last) {
         winnow_rpc_certificate(&upload->certificate, &certificate);
         reply.certificate = &certificate;

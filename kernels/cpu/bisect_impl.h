@@ -24,7 +24,6 @@ struct bisection {
     float scale; /* a power of two */
     uint16_t *order;
     float *x;        /* [n_tokens][width]: keys of a node x scale - their mean */
-    float *w;        /* [n_tokens]: X v */
     uint32_t *rank;  /* [n_tokens] of the projections */
     uint16_t *right; /* [n_tokens]: tokens of the right half */
 };
@@ -65,54 +64,71 @@ static uint32_t node_center(const struct bisection *b, uint32_t first, uint32_t 
     return largest;
 }
 
-/* w = X v, sixteen tokens at a time. */
-static void node_project(const struct bisection *b, uint32_t n_tokens, const float *v)
+/* Projections of sixteen tokens on v. */
+SIMD v16 rows_project(size_t width, const float *x, const float *v)
 {
-    for (uint32_t i = 0; i < n_tokens; i += 16) {
-        const float *x = b->x + i * b->width;
-        v16 row[16];
+    v16 row[16];
+
+#pragma GCC unroll 16
+    for (uint32_t t = 0; t < 16; t++)
+        row[t] = v16_mul(v16_load(x + t * width), v16_load(v));
+    for (size_t d = 16; d < width; d += 16) {
+        v16 of_v = v16_load(v + d);
 #pragma GCC unroll 16
         for (uint32_t t = 0; t < 16; t++)
-            row[t] = v16_mul(v16_load(x + t * b->width), v16_load(v));
-        for (size_t d = 16; d < b->width; d += 16) {
-            v16 of_v = v16_load(v + d);
+            row[t] = v16_fma(v16_load(x + t * width + d), of_v, row[t]);
+    }
+    return v16_rows_sum(row);
+}
+
+/* n_vectors x 16 dimensions of y += w [16] x X [16][width] */
+SIMD void rows_gather(uint32_t n_vectors, size_t width, const float *x, const float *w, float *y)
+{
+    v16 sum[4];
+
+#pragma GCC unroll 4
+    for (uint32_t c = 0; c < n_vectors; c++)
+        sum[c] = v16_load(y + 16 * c);
 #pragma GCC unroll 16
-            for (uint32_t t = 0; t < 16; t++)
-                row[t] = v16_fma(v16_load(x + t * b->width + d), of_v, row[t]);
-        }
-        v16_store(b->w + i, v16_rows_sum(row));
+    for (uint32_t t = 0; t < 16; t++) {
+        v16 of_w = v16_set1(w[t]);
+#pragma GCC unroll 4
+        for (uint32_t c = 0; c < n_vectors; c++)
+            sum[c] = v16_fma(of_w, v16_load(x + t * width + 16 * c), sum[c]);
+    }
+#pragma GCC unroll 4
+    for (uint32_t c = 0; c < n_vectors; c++)
+        v16_store(y + 16 * c, sum[c]);
+}
+
+/* y = X^T (X v), one pass over X. */
+static void node_multiply(const struct bisection *b, uint32_t n_tokens, const float *v, float *y)
+{
+    float w[16];
+
+    memset(y, 0, b->width * sizeof *y);
+    for (uint32_t i = 0; i < n_tokens; i += 16) {
+        const float *x = b->x + i * b->width;
+        size_t d = 0;
+        v16_store(w, rows_project(b->width, x, v));
+        for (; d + 64 <= b->width; d += 64)
+            rows_gather(4, b->width, x + d, w, y + d);
+        for (; d < b->width; d += 16)
+            rows_gather(1, b->width, x + d, w, y + d);
     }
 }
 
-/* y = X^T w */
-static void node_gather(const struct bisection *b, uint32_t n_tokens, float *y)
+/* The widest direction, by power iteration from a dimension. */
+static void node_direction(const struct bisection *b, uint32_t n_tokens, uint32_t dimension,
+                           float *v)
 {
-    enum { N_CHAINS = 4 };
+    float y[WINNOW_WIDTH_MAX];
 
-    for (size_t d = 0; d < b->width; d += 16) {
-        v16 sum[N_CHAINS];
-#pragma GCC unroll 4
-        for (uint32_t c = 0; c < N_CHAINS; c++)
-            sum[c] = v16_set1(0.0f);
-        for (uint32_t i = 0; i < n_tokens; i += N_CHAINS)
-#pragma GCC unroll 4
-            for (uint32_t c = 0; c < N_CHAINS; c++)
-                sum[c] =
-                    v16_fma(v16_set1(b->w[i + c]), v16_load(b->x + (i + c) * b->width + d), sum[c]);
-        v16_store(y + d, v16_add(v16_add(sum[0], sum[1]), v16_add(sum[2], sum[3])));
-    }
-}
-
-/* Leaves in w the projections on the widest direction. */
-static void node_direction(const struct bisection *b, uint32_t n_tokens, uint32_t dimension)
-{
-    float v[WINNOW_WIDTH_MAX] = {0}, y[WINNOW_WIDTH_MAX];
-
+    memset(v, 0, b->width * sizeof *v);
     v[dimension] = 1;
-    node_project(b, n_tokens, v);
     for (int i = 0; i < N_POWER_ITERATIONS; i++) {
         v16 square = v16_set1(0.0f);
-        node_gather(b, n_tokens, y);
+        node_multiply(b, n_tokens, v, y);
         for (size_t d = 0; d < b->width; d += 16)
             square = v16_fma(v16_load(y + d), v16_load(y + d), square);
         float length = sqrtf(v16_sum(square));
@@ -120,7 +136,17 @@ static void node_direction(const struct bisection *b, uint32_t n_tokens, uint32_
             return;
         for (size_t d = 0; d < b->width; d += 16)
             v16_store(v + d, v16_div(v16_load(y + d), v16_set1(length)));
-        node_project(b, n_tokens, v);
+    }
+}
+
+/* Ranks of the projections on v: as unsigned numbers they order as those do, -0 and 0 alike. */
+static void node_rank(const struct bisection *b, uint32_t n_tokens, const float *v)
+{
+    for (uint32_t i = 0; i < n_tokens; i += 16) {
+        v16 w = rows_project(b->width, b->x + i * b->width, v);
+        v16i bits = v16_bits(v16_add(w, v16_set1(0.0f)));
+        v16i flip = v16i_or(v16i_shift_right(bits, 31), v16i_set1(INT32_MIN));
+        v16i_store((int32_t *)b->rank + i, v16i_xor(bits, flip));
     }
 }
 
@@ -147,12 +173,6 @@ static void node_split(const struct bisection *b, uint16_t *order, uint32_t n_to
                        uint32_t n_left)
 {
     uint32_t n_equal, left = 0, right = 0;
-
-    for (uint32_t i = 0; i < n_tokens; i += 16) {
-        v16i bits = v16_bits(v16_add(v16_load(b->w + i), v16_set1(0.0f))); /* -0 is 0 */
-        v16i flip = v16i_or(v16i_shift_right(bits, 31), v16i_set1(INT32_MIN));
-        v16i_store((int32_t *)b->rank + i, v16i_xor(bits, flip));
-    }
     uint32_t last = rank_select(b->rank, n_tokens, n_left, &n_equal);
     for (uint32_t i = 0; i < n_tokens; i++) {
         uint32_t is_equal = b->rank[i] == last && n_equal > 0;
@@ -174,7 +194,9 @@ static void bisect_node(const struct bisection *b, uint32_t block_first, uint32_
 
     if (n_blocks <= 1)
         return;
-    node_direction(b, n_tokens, node_center(b, first, n_tokens));
+    float v[WINNOW_WIDTH_MAX];
+    node_direction(b, n_tokens, node_center(b, first, n_tokens), v);
+    node_rank(b, n_tokens, v);
     node_split(b, b->order + first, n_tokens, 16 * n_left);
     bisect_node(b, block_first, n_left);
     bisect_node(b, block_first + n_left, n_blocks - n_left);
@@ -190,8 +212,7 @@ static void bisect(size_t width, uint32_t n_blocks, const float *k, float larges
 
     frexpf(largest, &exponent);
     b.scale = ldexpf(1.0f, exponent < -126 ? 126 : -exponent);
-    b.w = b.x + n_tokens * width;
-    b.rank = (uint32_t *)(b.w + n_tokens);
+    b.rank = (uint32_t *)(b.x + n_tokens * width);
     b.right = (uint16_t *)(b.rank + n_tokens);
     for (size_t t = 0; t < n_tokens; t++)
         order[t] = (uint16_t)t;

@@ -221,6 +221,14 @@ SIMD float v16_get1(v16 a) /* lane 0 */
     return _mm512_cvtss_f32(a);
 }
 
+SIMD void v16_add_to(double sum[16], v16 a) /* lane i to sum[i] */
+{
+    __m512d lo = _mm512_cvtps_pd(_mm512_castps512_ps256(a));
+    __m512d hi = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1));
+    _mm512_storeu_pd(sum, _mm512_add_pd(_mm512_loadu_pd(sum), lo));
+    _mm512_storeu_pd(sum + 8, _mm512_add_pd(_mm512_loadu_pd(sum + 8), hi));
+}
+
 SIMD float v16_sum(v16 a)
 {
     return _mm512_reduce_add_ps(a);
@@ -483,6 +491,19 @@ SIMD uint32_t v16i_equal_bits(v16i a, v16i b)
 SIMD float v16_get1(v16 a) /* lane 0 */
 {
     return _mm256_cvtss_f32(a.lo);
+}
+
+SIMD void v4_add_to(double sum[4], __m128 a)
+{
+    _mm256_storeu_pd(sum, _mm256_add_pd(_mm256_loadu_pd(sum), _mm256_cvtps_pd(a)));
+}
+
+SIMD void v16_add_to(double sum[16], v16 a) /* lane i to sum[i] */
+{
+    v4_add_to(sum, _mm256_castps256_ps128(a.lo));
+    v4_add_to(sum + 4, _mm256_extractf128_ps(a.lo, 1));
+    v4_add_to(sum + 8, _mm256_castps256_ps128(a.hi));
+    v4_add_to(sum + 12, _mm256_extractf128_ps(a.hi, 1));
 }
 
 SIMD float v16_sum(v16 a)

@@ -21,6 +21,10 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#ifndef SO_PEERPIDFD /* Linux 6.5; Debian 12's headers are older */
+#define SO_PEERPIDFD 77
+#endif
+
 enum { SEND_BYTES = 1 << 20, N_BACKLOG = 128 };
 #define HANDLE_LISTEN UINT64_C(0) /* pool handles are neither */
 #define HANDLE_SIGNAL UINT64_MAX
@@ -165,16 +169,14 @@ static bool is_allowed(const struct winnow_listener *listener, int fd, struct uc
     return false;
 }
 
+/* Of the process that connected; before Linux 6.5 found by its number, which another process may
+ * have by now: then that one's end is watched too, and the socket's own end still counts. */
 static int peer_pidfd(int fd, pid_t pid)
 {
-#ifdef SO_PEERPIDFD
     int pid_fd;
     socklen_t n_bytes = sizeof pid_fd;
     if (!getsockopt(fd, SOL_SOCKET, SO_PEERPIDFD, &pid_fd, &n_bytes))
         return pid_fd;
-#else
-    (void)fd;
-#endif
     return (int)syscall(SYS_pidfd_open, pid, 0);
 }
 

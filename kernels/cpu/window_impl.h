@@ -114,8 +114,8 @@ static void tile_outputs(uint32_t n_tokens, size_t o_width, const float *p, cons
         tile_product(false, 0.0f, n_tokens, p, GROUP_TOKENS, v, o + d, o_width);
 }
 
-/* Widens block b_idx of a group into its columns of K and rows of V; tokens that are not there
- * become 0. */
+/* Widens block b_idx of a group into its columns of K and rows of V. Of tokens that are not there,
+ * the logits are masked, the values 0. */
 SIMD void block_widen_as(uint32_t dtype, const struct winnow_model_shape *shape, const void *block,
                          uint32_t n_tokens, const struct window_scratch *w, uint32_t b_idx)
 {
@@ -125,7 +125,7 @@ SIMD void block_widen_as(uint32_t dtype, const struct winnow_model_shape *shape,
     v16 zero = v16_set1(0.0f);
 
     for (size_t d = 0; d < k_width; d++)
-        v16_store(k + PANEL * d, v16_first(n_tokens, v16_load_as(dtype, block, 16 * d), zero));
+        v16_store(k + PANEL * d, v16_load_as(dtype, block, 16 * d));
     for (size_t t = 0; t < WINNOW_BLOCK_TOKENS; t++) {
         float *v = w->v + (16 * b_idx + t) * PANEL;
         for (size_t d = 0; d < v_width; d += 16)

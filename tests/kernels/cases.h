@@ -38,8 +38,9 @@ static const struct kernel_case kernel_cases[] = {
 
 enum kernel_input {
     INPUT_RANDOM,   /* topics: keys that lie in clusters, as real ones do */
-    INPUT_NEEDLE,   /* one key 30 nats above the rest */
+    INPUT_NEEDLE,   /* sharp queries, one key 30 nats above the rest */
     INPUT_EQUAL,    /* all keys one, all values one */
+    INPUT_STEPS,    /* keys of three kinds: ties wherever a half ends */
     INPUT_HUGE,     /* the largest numbers fp16 holds; logits beyond any exp */
     INPUT_OVERFLOW, /* logits beyond fp32 */
     INPUT_TINY,     /* products below fp32's normal range */
@@ -145,6 +146,7 @@ static inline void case_fill_hostile(struct kernel_data *data, enum kernel_input
 
     switch (input) {
     case INPUT_NEEDLE:
+        case_scale(data->q, n_q, 4);
         for (uint32_t d = 0; d < k_width; d++)
             norm += data->q[d] * data->q[d];
         for (uint32_t d = 0; d < k_width; d++)
@@ -156,6 +158,10 @@ static inline void case_fill_hostile(struct kernel_data *data, enum kernel_input
             data->k[i] = data->k[i - k_width];
         for (size_t i = v_width; i < n_v; i++)
             data->v[i] = data->v[i - v_width];
+        break;
+    case INPUT_STEPS:
+        for (size_t i = 3 * k_width; i < n_k; i++)
+            data->k[i] = data->k[i / k_width * 7 % 11 % 3 * k_width + i % k_width];
         break;
     case INPUT_HUGE:
         case_scale(data->k, n_k, 1e4f);

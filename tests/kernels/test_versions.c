@@ -111,10 +111,12 @@ static void check_partial(const char *what, const float *a, const float *b, doub
                     (2 * fmin(tolerance, 1) + SUM_TOLERANCE) * v_largest);
 }
 
-/* Blocks with NaN where tokens beyond n_tokens lie, at an alignment of their own. */
+/* Blocks with NaN (moved: with large numbers) where tokens beyond n_tokens lie, at an alignment of
+ * their own. */
 static uint8_t *blocks_poisoned(uint32_t n, const uint32_t *n_tokens, size_t offset,
                                 const void **block)
 {
+    int poison = offset ? 0x42 : 0xff;
     size_t element_bytes = data.shape.kv_dtype == WINNOW_FP32 ? 4 : 2, k_width = data.shape.k_width;
     uint8_t *copy = case_alloc(n * data.block_bytes + offset);
 
@@ -124,8 +126,8 @@ static uint8_t *blocks_poisoned(uint32_t n, const uint32_t *n_tokens, size_t off
         size_t v_row_bytes = data.shape.v_width * element_bytes;
         for (uint32_t t = n_tokens[b]; t < 16; t++) {
             for (uint32_t d = 0; d < k_width; d++)
-                memset(at + (16 * d + t) * element_bytes, 0xff, element_bytes);
-            memset(at + 16 * k_width * element_bytes + t * v_row_bytes, 0xff, v_row_bytes);
+                memset(at + (16 * d + t) * element_bytes, poison, element_bytes);
+            memset(at + 16 * k_width * element_bytes + t * v_row_bytes, poison, v_row_bytes);
         }
         block[b] = at;
     }
@@ -578,7 +580,7 @@ static void build_check(uint32_t n_blocks)
     CHECK(!memcmp(order, again, 32 * (size_t)n_blocks));
     order_check(n_blocks, order);
     CHECK(order_variance(n_blocks, order) <= 1.01 * order_variance(n_blocks, of_ref) + 1e-30);
-    if (data_input == INPUT_EQUAL)
+    if (data_input == INPUT_EQUAL || data_input == INPUT_STEPS)
         CHECK(!memcmp(order, of_ref, 32 * (size_t)n_blocks));
     winnow_ref_index_fill(&data.shape, n_blocks, data.k, data.v, order, &b);
     index_check(&a, &b);
@@ -614,12 +616,12 @@ struct selected {
 };
 
 static void selected_init(struct selected *s, const struct winnow_kernels *kernels, uint32_t n,
-                          const float *ln_z, float *ln_e, const float *ln_m)
+                          uint32_t n_max, const float *ln_z, float *ln_e, const float *ln_m)
 {
     s->sel = (struct winnow_selection){
         .n_q = data.n_q,
         .n_blocks = n,
-        .n_blocks_max = n,
+        .n_blocks_max = n_max,
         .mass = 0.9f,
         .ln_z = ln_z,
         .ln_m = ln_m,
@@ -685,15 +687,15 @@ static void prefix_check(const struct winnow_selection *sel, uint32_t n, double 
     }
 }
 
-static void select_check(uint32_t n, const float *ln_z, float *ln_e, const float *ln_m,
-                         bool is_plain)
+static void select_check(uint32_t n, uint32_t n_max, const float *ln_z, float *ln_e,
+                         const float *ln_m, bool is_plain)
 {
     struct selected a, b;
     float rho_a[WINNOW_GQA_MAX], rho_b[WINNOW_GQA_MAX];
     float mass_a[WINNOW_GQA_MAX], mass_b[WINNOW_GQA_MAX];
 
-    selected_init(&a, version, n, ln_z, ln_e, ln_m);
-    selected_init(&b, ref, n, ln_z, ln_e, ln_m);
+    selected_init(&a, version, n, n_max, ln_z, ln_e, ln_m);
+    selected_init(&b, ref, n, n_max, ln_z, ln_e, ln_m);
     version->select(WINNOW_POLICY_CODES, &a.sel, a.at);
     ref->select(WINNOW_POLICY_CODES, &b.sel, b.at);
     selected_check(&a.sel, &b.sel);
@@ -729,7 +731,7 @@ static void select_check(uint32_t n, const float *ln_z, float *ln_e, const float
 }
 
 /* Selects, certifies and adds as the reference does, with sinks and without, with estimates that
- * are equal, unknown or none. */
+ * are equal, unknown or none, and with a budget that leaves unknown ones out. */
 static void test_select(void)
 {
     float ln_z[WINNOW_GQA_MAX], *ln_e, *ln_m;
@@ -740,7 +742,7 @@ static void test_select(void)
     winnow_rng_init(&rng, test_seed());
     ln_e = guarded_init(&e, n * sizeof(float), 4);
     ln_m = guarded_init(&m, n * sizeof(float), 4);
-    for (int kind = 0; kind < 6; kind++)
+    for (int kind = 0; kind < 7; kind++)
         for (uint32_t n_blocks = kind == 0 ? 0 : 1; n_blocks <= N_BLOCKS; n_blocks += 12) {
             float spread = data_input == INPUT_HUGE   ? 1000.0f
                            : data_input == INPUT_TINY ? 1e-6f
@@ -755,9 +757,12 @@ static void test_select(void)
                 ln_e[i] = ln_m[i] = 0.5f;
             for (size_t i = 0; kind == 4 && i < n; i += 5)
                 ln_e[i] = i % 2 ? NAN : INFINITY;
+            for (size_t i = 0; kind == 6 && i < n; i += 2)
+                ln_e[i] = NAN;
             for (size_t i = 0; kind == 5 && i < n; i++)
                 ln_e[i] = ln_m[i] = -INFINITY;
-            select_check(n_blocks, ln_z, ln_e, ln_m, kind < 4 && spread < 10);
+            select_check(n_blocks, kind == 6 ? 3 : n_blocks, ln_z, ln_e, ln_m,
+                         kind < 4 && spread < 10);
         }
     guarded_finish(&e);
     guarded_finish(&m);
@@ -791,7 +796,7 @@ static void test_compensate(void)
         }
         memcpy(to_a, to_b, partial_bytes);
         struct selected s;
-        selected_init(&s, ref, n, ln_z, ln_e, ln_e);
+        selected_init(&s, ref, n, n, ln_z, ln_e, ln_e);
         ref->select(WINNOW_POLICY_CODES, &s.sel, s.at);
         sel = s.sel;
         version->compensate(&data.shape, &data.view, &sel, BEFORE, to_a);

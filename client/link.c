@@ -113,14 +113,15 @@ static void link_take_limits(struct winnow_link *link, const Winnow__V1__InfoRep
 {
     const struct {
         const char *name;
-        uint64_t *value;
-    } known[] = {{"attend_bytes", &link->attend_bytes},
-                 {"chunk_bytes", &link->chunk_bytes},
-                 {"window_bytes", &link->window_bytes}};
+        uint64_t *value, least;
+    } known[] = {{"attend_bytes", &link->attend_bytes, LIMIT_BYTES_MIN},
+                 {"chunk_bytes", &link->chunk_bytes, LIMIT_BYTES_MIN},
+                 {"window_bytes", &link->window_bytes, LIMIT_BYTES_MIN},
+                 {"window_tokens", &link->window_tokens, 1}};
     for (size_t i = 0; i < info->n_limits; i++)
         for (size_t j = 0; j < sizeof known / sizeof *known; j++)
             if (!strcmp(info->limits[i]->name, known[j].name) &&
-                info->limits[i]->value >= LIMIT_BYTES_MIN &&
+                info->limits[i]->value >= known[j].least &&
                 info->limits[i]->value < *known[j].value)
                 *known[j].value = info->limits[i]->value;
 }
@@ -286,6 +287,7 @@ static int link_open_path(const char *path, bool with_lease, int64_t deadline_ns
     link->attend_bytes = WINNOW_WIRE_ATTEND_BYTES_MAX;
     link->chunk_bytes = WINNOW_WIRE_CHUNK_BYTES_MAX;
     link->window_bytes = 64 << 20;
+    link->window_tokens = UINT32_MAX;
 
     rc = link_connect(link, path, with_lease, deadline_ns);
     if (!rc)

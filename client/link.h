@@ -24,8 +24,9 @@ struct winnow_link {
     char path[108]; /* where it was found */
     char build[32];
     uint32_t proto;
-    uint64_t attend_bytes, chunk_bytes, window_bytes; /* the daemon's limits, or the wire's */
-    struct winnow_step *idle;                         /* Attend streams; under the client's lock */
+    uint64_t attend_bytes, chunk_bytes, window_bytes, window_tokens; /* the daemon's limits, or the
+                                                                        wire's */
+    struct winnow_step *idle; /* Attend streams; under the client's lock */
 };
 
 /*

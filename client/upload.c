@@ -309,7 +309,9 @@ static uint32_t window_tokens(const struct upload *upload)
                          session->v_bytes + session->lse_bytes;
     const uint64_t padding_bytes = 5 * 64;
     uint64_t n_tokens = (upload->link->window_bytes - padding_bytes) / token_bytes;
-    return n_tokens > UINT32_MAX ? UINT32_MAX : n_tokens ? (uint32_t)n_tokens : 1;
+    if (n_tokens > upload->link->window_tokens)
+        n_tokens = upload->link->window_tokens;
+    return n_tokens ? (uint32_t)n_tokens : 1;
 }
 
 int winnow_attend_exact(winnow_session *session, uint32_t layer, uint64_t first, uint32_t n,

@@ -118,10 +118,33 @@ static void test_exact__fork_and_truncate_keep_the_context(void)
     daemon_remove(&daemon);
 }
 
+/* A window of a shape so small that the daemon's limit of tokens, not of bytes, splits it. */
+static void test_exact__long_window_of_a_narrow_model_is_split(void)
+{
+    enum { N = 6000, WIDTH = 16 };
+    static float row[N * WIDTH], out[N * WIDTH];
+    struct daemon daemon;
+    struct engine engine;
+    winnow_model model = engine_model(1, 1, 1, WIDTH, WIDTH, WINNOW_DTYPE_FP32, WINNOW_DTYPE_FP32);
+    for (uint32_t i = 0; i < N * WIDTH; i++)
+        row[i] = (float)(i * 2654435761u % 1024) / 1024;
+    daemon_init(&daemon, small);
+    daemon_start(&daemon);
+    engine_open(&engine, daemon.socket, &model, test_seed(), 16, NULL);
+    ENGINE_OK(winnow_attend_exact(engine.session, 0, 0, N, row, row, row, out, NULL, NULL, 0));
+    CHECK_EQ(winnow_session_held(engine.session, 0), N);
+    for (uint32_t i = 0; i < WIDTH; i++) /* the first sees itself alone, the last a mean of all */
+        CHECK(fabs((double)out[i] - (double)row[i]) < 1e-6 && out[(N - 1) * WIDTH + i] > 0.3f);
+    engine_close(&engine);
+    CHECK_EQ(daemon_stop(&daemon, SIGTERM), 0);
+    daemon_remove(&daemon);
+}
+
 int main(int argc, char **argv)
 {
     TEST_INIT(argc, argv);
     TEST_RUN(test_exact__three_engines_equal_the_oracle);
     TEST_RUN(test_exact__fork_and_truncate_keep_the_context);
+    TEST_RUN(test_exact__long_window_of_a_narrow_model_is_split);
     return TEST_END();
 }

@@ -6,6 +6,7 @@
 // fall into the same windows as before.
 #include "context.h"
 
+#include "clock.h"
 #include "fault.h"
 
 #include <errno.h>
@@ -109,12 +110,18 @@ static int send_window(struct context *context, uint64_t *truncate_to)
 
 static int send_step(struct context *context, uint64_t *truncate_to)
 {
-    struct engine *engine = context->engine;
-    int rc = forward_step(engine->forward, engine->client, context->session,
-                          context->tokens.ids[context->n_sent], context->n_sent, context->mass,
-                          context->certificates, truncate_to);
+    struct forward_step step = {
+        .session = context->session,
+        .id = context->tokens.ids[context->n_sent],
+        .position = context->n_sent,
+        .mass = context->mass,
+        .certificates = context->certificates,
+    };
+    int rc = forward_step(context->engine->forward, context->engine->client, &step);
     if (rc == 0)
         context->n_sent++;
+    *truncate_to = step.truncate_to;
+    context->attend_s = (double)step.attend_ns / 1e9;
     return rc;
 }
 
@@ -180,7 +187,7 @@ int context_read(struct context *context, const uint32_t *ids, uint32_t n,
 
 int context_step(struct context *context, uint32_t id, const float **ret_logits)
 {
-    int64_t start_ns = progress_now_ns();
+    int64_t start_ns = clock_now_ns();
     int rc = append(context, &id, 1);
     if (rc == 0)
         rc = catch_up(context, NULL, NULL, NULL);
@@ -188,7 +195,7 @@ int context_step(struct context *context, uint32_t id, const float **ret_logits)
         return rc;
     *ret_logits = forward_logits(context->engine->forward);
     return tally_add(&context->tally, context->certificates,
-                     (double)(progress_now_ns() - start_ns) / 1e9);
+                     (double)(clock_now_ns() - start_ns) / 1e9, context->attend_s);
 }
 
 uint32_t context_greedy(const float *logits, uint32_t n_logits)

@@ -20,6 +20,7 @@ struct context {
     float mass;         /* of decode steps; 0: the daemon's default */
     struct tally tally; /* of the decode steps */
     winnow_certificate *certificates; /* [n_layers] of the last one */
+    double attend_s;                  /* that one's time in winnow_attend */
 };
 
 /* Opens a session with the options' policy, mass and dtype. The errors of winnow_session_open. */

@@ -1,19 +1,19 @@
 // The forward pass.
 //
-// Decode is bound by memory: 96 MB of weights a token. Each thread keeps its own packed copy of the
-// vector it multiplies, so that norms and packing need no barrier of their own: four barriers a
-// layer, and one run of the team a layer (what follows attention in one layer and what precedes it
-// in the next), because between runs the cores are winnowd's.
+// Decode is bound by memory: 96 MB of weights a token. A product's rows are shared out in tiles of
+// 48; the norms and the packing of the vector (2 to 3 us each) are the caller's alone. While winnowd
+// attends, the team rests: the cores are winnowd's.
 //
-// A window is bound by arithmetic: each thread unpacks a tile of 64 rows of a matrix to fp32, small
-// enough to stay in its cache, and has OpenBLAS multiply the window with it. Rejected: OpenBLAS's
-// own threads (they spin after each product, on the cores that winnowd needs next), and matrices
-// kept as fp32 (540 MB).
+// A window is bound by arithmetic: whoever takes a tile of 64 rows unpacks it to fp32, small enough
+// to stay in its cache, and has OpenBLAS multiply the window with it. Rejected: OpenBLAS's own
+// threads (they spin after each product, on the cores that winnowd needs next), and matrices kept as
+// fp32 (540 MB).
 //
 // Rotary embedding turns neighbouring pairs (2 i, 2 i + 1): GGUF files of this architecture store
 // Q and K rows permuted for that.
 #include "forward.h"
 
+#include "clock.h"
 #include "quant.h"
 #include "team.h"
 
@@ -23,19 +23,20 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { TILE_ROWS = 64, VOCAB_TILE_ROWS = 1024 };
+enum { STEP_ROWS = 48, TILE_ROWS = 64, VOCAB_TILE_ROWS = 1024, ROWS_AT_ONCE = 16 };
+enum { N_PRODUCTS_MAX = 3 };
 
-/* What one thread needs of its own. */
-struct lane {
-    struct quant_vector vector;
-    float *row;  /* [max(n_embed, n_ffn)] */
-    float *tile; /* [TILE_ROWS][max(n_embed, n_ffn)] */
+/* out [.][matrix rows] = (or +=) the input x matrix^T. */
+struct product {
+    const struct matrix *matrix;
+    float *out;
+    int add;
 };
 
 struct forward {
     const struct model *model;
     struct team *team;
-    struct lane *lanes; /* [n_threads] */
+    float **tiles; /* [n_threads] of [TILE_ROWS][max(n_embed, n_ffn)]: unpacked weights */
     /* Activations of a window, or in row 0 of a decode step. */
     float *x;            /* [512][n_embed] the residual stream */
     float *normed;       /* [512][n_embed] */
@@ -47,7 +48,12 @@ struct forward {
     float *vocab_logits; /* [512][VOCAB_TILE_ROWS], rows as long as the tile */
     double *sums, *tops; /* [512] running softmax of forward_logprobs */
     uint32_t n_rows;     /* positions in x */
-    uint32_t layer;      /* the run's layer; n_layers: none */
+    /* The run at hand. */
+    struct product products[N_PRODUCTS_MAX]; /* all of one input */
+    const float *in;                         /* a window's input [n_rows][columns] */
+    struct quant_vector vector;              /* a step's input, packed */
+    const float *norm_weight;
+    uint32_t tile_first_id, n_tile_ids; /* of forward_logprobs */
     const uint32_t *next_ids;
     double *logprobs;
 };
@@ -111,86 +117,130 @@ static void embed(struct forward *f, const uint32_t *ids, uint32_t n)
     f->n_rows = n;
 }
 
+/* The product and the rows [*first, *end) of its matrix that an item stands for. */
+static const struct product *item_rows(const struct forward *f, uint32_t item_idx, uint32_t n_tile,
+                                       uint32_t *first, uint32_t *end)
+{
+    const struct product *product = f->products;
+    uint32_t n_tiles;
+
+    while (item_idx >= (n_tiles = (product->matrix->n_rows + n_tile - 1) / n_tile)) {
+        item_idx -= n_tiles;
+        product++;
+    }
+    const uint32_t n_rows = product->matrix->n_rows;
+    *first = item_idx * n_tile;
+    *end = n_rows - *first < n_tile ? n_rows : *first + n_tile;
+    return product;
+}
+
+static uint32_t products_set(struct forward *f, const struct product *products, uint32_t n_products,
+                             uint32_t n_tile)
+{
+    uint32_t n_items = 0;
+    for (uint32_t i = 0; i < n_products; i++) {
+        f->products[i] = products[i];
+        n_items += (products[i].matrix->n_rows + n_tile - 1) / n_tile;
+    }
+    return n_items;
+}
+
+static uint32_t n_row_items(const struct forward *f)
+{
+    return (f->n_rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+}
+
+static uint32_t rows_end(const struct forward *f, uint32_t item_idx)
+{
+    uint32_t end = (item_idx + 1) * ROWS_AT_ONCE;
+    return end < f->n_rows ? end : f->n_rows;
+}
+
 /* ---- a window ---- */
 
-/* out [n_rows][matrix rows] = (or +=) in [n_rows][columns] x matrix^T, this thread's rows of it. */
-static void project(struct forward *f, uint32_t thread_idx, const struct matrix *matrix,
-                    const float *in, float *out, int add)
+static void window_product_item(void *arg, uint32_t item_idx, uint32_t thread_idx)
 {
-    struct lane *lane = &f->lanes[thread_idx];
+    struct forward *f = arg;
+    uint32_t first, end;
+    const struct product *product = item_rows(f, item_idx, TILE_ROWS, &first, &end);
+    const struct matrix *matrix = product->matrix;
     const uint32_t n_columns = matrix->n_columns;
-    uint32_t first, end;
+    float *tile = f->tiles[thread_idx];
 
-    team_share(f->team, thread_idx, matrix->n_rows, 16, &first, &end);
-    for (uint32_t row = first; row < end; row += TILE_ROWS) {
-        uint32_t n_tile = end - row < TILE_ROWS ? end - row : TILE_ROWS;
-        for (uint32_t i = 0; i < n_tile; i++)
-            quant_row_unpack(matrix->type, matrix->rows + (row + i) * matrix->row_bytes, n_columns,
-                             lane->tile + (size_t)i * n_columns);
-        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int)f->n_rows, (int)n_tile,
-                    (int)n_columns, 1, in, (int)n_columns, lane->tile, (int)n_columns, add ? 1 : 0,
-                    out + row, (int)matrix->n_rows);
-    }
-}
-
-static void window_norm(struct forward *f, uint32_t thread_idx, const float *weight)
-{
-    const struct model *m = f->model;
-    uint32_t first, end;
-
-    team_share(f->team, thread_idx, f->n_rows, 1, &first, &end);
     for (uint32_t row = first; row < end; row++)
-        norm(f->x + (size_t)row * m->n_embed, weight, m->n_embed, m->norm_epsilon,
-             f->normed + (size_t)row * m->n_embed);
-    team_barrier(f->team);
+        quant_row_unpack(matrix->type, matrix->rows + row * matrix->row_bytes, n_columns,
+                         tile + (size_t)(row - first) * n_columns);
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int)f->n_rows, (int)(end - first),
+                (int)n_columns, 1, f->in, (int)n_columns, tile, (int)n_columns,
+                product->add ? 1 : 0, product->out + first, (int)matrix->n_rows);
 }
 
-static void window_before_attend(struct forward *f, uint32_t thread_idx)
+static void window_multiply(struct forward *f, const float *in, const struct product *products,
+                            uint32_t n_products)
 {
-    const struct model *m = f->model;
-    const struct model_layer *layer = &m->layers[f->layer];
-    uint32_t first, end;
+    f->in = in;
+    team_run(f->team, window_product_item, f, products_set(f, products, n_products, TILE_ROWS));
+}
 
-    window_norm(f, thread_idx, layer->attend_norm);
-    project(f, thread_idx, &layer->q, f->normed, f->q, 0);
-    project(f, thread_idx, &layer->k, f->normed, f->k, 0);
-    project(f, thread_idx, &layer->v, f->normed, f->v, 0);
-    team_barrier(f->team);
-    team_share(f->team, thread_idx, f->n_rows, 1, &first, &end);
-    for (uint32_t row = first; row < end; row++) {
+static void window_norm_item(void *arg, uint32_t item_idx, uint32_t thread_idx)
+{
+    struct forward *f = arg;
+    const struct model *m = f->model;
+
+    (void)thread_idx;
+    for (uint32_t row = item_idx * ROWS_AT_ONCE; row < rows_end(f, item_idx); row++)
+        norm(f->x + (size_t)row * m->n_embed, f->norm_weight, m->n_embed, m->norm_epsilon,
+             f->normed + (size_t)row * m->n_embed);
+}
+
+static void window_norm(struct forward *f, const float *weight)
+{
+    f->norm_weight = weight;
+    team_run(f->team, window_norm_item, f, n_row_items(f));
+}
+
+static void window_turn_item(void *arg, uint32_t item_idx, uint32_t thread_idx)
+{
+    struct forward *f = arg;
+    const struct model *m = f->model;
+
+    (void)thread_idx;
+    for (uint32_t row = item_idx * ROWS_AT_ONCE; row < rows_end(f, item_idx); row++) {
         const float *turns = f->turns + (size_t)row * m->head_width;
         turn(f->q + (size_t)row * n_q_columns(m), m->n_q_heads, m->head_width, turns);
         turn(f->k + (size_t)row * n_kv_columns(m), m->n_kv_heads, m->head_width, turns);
     }
 }
 
-static void window_after_attend(struct forward *f, uint32_t thread_idx)
+static void window_swish_item(void *arg, uint32_t item_idx, uint32_t thread_idx)
 {
-    const struct model *m = f->model;
-    const struct model_layer *layer = &m->layers[f->layer];
-    uint32_t first, end;
+    struct forward *f = arg;
+    const size_t n_ffn = f->model->n_ffn;
 
-    project(f, thread_idx, &layer->o, f->attended, f->x, 1);
-    team_barrier(f->team);
-    window_norm(f, thread_idx, layer->ffn_norm);
-    project(f, thread_idx, &layer->gate, f->normed, f->gate, 0);
-    project(f, thread_idx, &layer->up, f->normed, f->up, 0);
-    team_barrier(f->team);
-    team_share(f->team, thread_idx, f->n_rows, 1, &first, &end);
-    for (size_t i = (size_t)first * m->n_ffn; i < (size_t)end * m->n_ffn; i++)
+    (void)thread_idx;
+    for (size_t i = item_idx * ROWS_AT_ONCE * n_ffn; i < rows_end(f, item_idx) * n_ffn; i++)
         f->gate[i] = swish(f->gate[i]) * f->up[i];
-    team_barrier(f->team);
-    project(f, thread_idx, &layer->down, f->gate, f->x, 1);
 }
 
-static void run_window_before(void *arg, uint32_t thread_idx)
+static void window_before_attend(struct forward *f, const struct model_layer *layer)
 {
-    window_before_attend(arg, thread_idx);
+    const struct product qkv[] = {{&layer->q, f->q, 0}, {&layer->k, f->k, 0}, {&layer->v, f->v, 0}};
+
+    window_norm(f, layer->attend_norm);
+    window_multiply(f, f->normed, qkv, 3);
+    team_run(f->team, window_turn_item, f, n_row_items(f));
 }
 
-static void run_window_after(void *arg, uint32_t thread_idx)
+static void window_after_attend(struct forward *f, const struct model_layer *layer)
 {
-    window_after_attend(arg, thread_idx);
+    const struct product o = {&layer->o, f->x, 1}, down = {&layer->down, f->x, 1};
+    const struct product gate_up[] = {{&layer->gate, f->gate, 0}, {&layer->up, f->up, 0}};
+
+    window_multiply(f, f->attended, &o, 1);
+    window_norm(f, layer->ffn_norm);
+    window_multiply(f, f->normed, gate_up, 2);
+    team_run(f->team, window_swish_item, f, n_row_items(f));
+    window_multiply(f, f->gate, &down, 1);
 }
 
 int forward_window(struct forward *f, winnow_session *session, const uint32_t *ids, uint64_t first,
@@ -198,141 +248,147 @@ int forward_window(struct forward *f, winnow_session *session, const uint32_t *i
 {
     embed(f, ids, n);
     turns_fill(f, first, n);
-    for (f->layer = 0; f->layer < f->model->n_layers; f->layer++) {
-        team_run(f->team, run_window_before, f);
-        int rc = winnow_attend_exact(session, f->layer, first, n, f->q, f->k, f->v, f->attended,
-                                     NULL, NULL, 0);
+    for (uint32_t layer = 0; layer < f->model->n_layers; layer++) {
+        window_before_attend(f, &f->model->layers[layer]);
+        team_rest(f->team);
+        int rc = winnow_attend_exact(session, layer, first, n, f->q, f->k, f->v, f->attended, NULL,
+                                     NULL, 0);
         if (rc < 0)
             return rc;
-        team_run(f->team, run_window_after, f);
+        window_after_attend(f, &f->model->layers[layer]);
     }
+    team_rest(f->team);
     return 0;
 }
 
 /* ---- a decode step ---- */
 
-/* out [rows] = (or +=) matrix x the lane's packed vector, this thread's rows. */
-static void multiply(struct forward *f, uint32_t thread_idx, const struct matrix *matrix,
-                     float *out, int add)
-{
-    struct lane *lane = &f->lanes[thread_idx];
-    float products[TILE_ROWS];
-    uint32_t first, end;
-
-    team_share(f->team, thread_idx, matrix->n_rows, 16, &first, &end);
-    for (uint32_t row = first; row < end; row += TILE_ROWS) {
-        uint32_t n_tile = end - row < TILE_ROWS ? end - row : TILE_ROWS;
-        quant_rows_dot(matrix->type, matrix->rows + row * matrix->row_bytes, n_tile, &lane->vector,
-                       products);
-        for (uint32_t i = 0; i < n_tile; i++)
-            out[row + i] = add ? out[row + i] + products[i] : products[i];
-    }
-}
-
-static void lane_norm(struct forward *f, uint32_t thread_idx, const float *x, const float *weight)
-{
-    struct lane *lane = &f->lanes[thread_idx];
-    norm(x, weight, f->model->n_embed, f->model->norm_epsilon, lane->row);
-    quant_vector_pack(&lane->vector, lane->row, f->model->n_embed);
-}
-
-static void step_before_attend(struct forward *f, uint32_t thread_idx)
-{
-    const struct model_layer *layer = &f->model->layers[f->layer];
-
-    lane_norm(f, thread_idx, f->x, layer->attend_norm);
-    multiply(f, thread_idx, &layer->q, f->q, 0);
-    multiply(f, thread_idx, &layer->k, f->k, 0);
-    multiply(f, thread_idx, &layer->v, f->v, 0);
-}
-
-static void step_after_attend(struct forward *f, uint32_t thread_idx, uint32_t layer_idx)
-{
-    const struct model *m = f->model;
-    const struct model_layer *layer = &m->layers[layer_idx];
-    uint32_t first, end;
-
-    quant_vector_pack(&f->lanes[thread_idx].vector, f->attended, n_q_columns(m));
-    multiply(f, thread_idx, &layer->o, f->x, 1);
-    team_barrier(f->team);
-    lane_norm(f, thread_idx, f->x, layer->ffn_norm);
-    multiply(f, thread_idx, &layer->gate, f->gate, 0);
-    multiply(f, thread_idx, &layer->up, f->up, 0);
-    team_share(f->team, thread_idx, m->n_ffn, 16, &first, &end);
-    for (uint32_t i = first; i < end; i++)
-        f->gate[i] = swish(f->gate[i]) * f->up[i];
-    team_barrier(f->team);
-    quant_vector_pack(&f->lanes[thread_idx].vector, f->gate, m->n_ffn);
-    multiply(f, thread_idx, &layer->down, f->x, 1);
-    team_barrier(f->team);
-}
-
-/* From one attention to the next: layer - 1's end, then layer's beginning. */
-static void run_step(void *arg, uint32_t thread_idx)
+static void step_product_item(void *arg, uint32_t item_idx, uint32_t thread_idx)
 {
     struct forward *f = arg;
-    if (f->layer > 0)
-        step_after_attend(f, thread_idx, f->layer - 1);
-    if (f->layer < f->model->n_layers)
-        step_before_attend(f, thread_idx);
+    float products[STEP_ROWS];
+    uint32_t first, end;
+    const struct product *product = item_rows(f, item_idx, STEP_ROWS, &first, &end);
+    const struct matrix *matrix = product->matrix;
+
+    (void)thread_idx;
+    quant_rows_dot(matrix->type, matrix->rows + first * matrix->row_bytes, end - first, &f->vector,
+                   products);
+    for (uint32_t row = first; row < end; row++)
+        product->out[row] =
+            product->add ? product->out[row] + products[row - first] : products[row - first];
 }
 
-static int step_attend(struct forward *f, winnow_client *client, winnow_attend_item *item,
-                       winnow_certificate *certificate)
+/* Rows of gate and up together, so that their joint result is made where they are. */
+static void step_gate_item(void *arg, uint32_t item_idx, uint32_t thread_idx)
+{
+    struct forward *f = arg;
+    float ups[STEP_ROWS];
+    uint32_t first, end;
+    const struct matrix *gate = item_rows(f, item_idx, STEP_ROWS, &first, &end)->matrix;
+    const struct matrix *up = f->products[1].matrix;
+
+    (void)thread_idx;
+    quant_rows_dot(gate->type, gate->rows + first * gate->row_bytes, end - first, &f->vector,
+                   f->gate + first);
+    quant_rows_dot(up->type, up->rows + first * up->row_bytes, end - first, &f->vector, ups);
+    for (uint32_t row = first; row < end; row++)
+        f->gate[row] = swish(f->gate[row]) * ups[row - first];
+}
+
+/* in [columns of the matrices] is packed before it is multiplied. */
+static void step_multiply(struct forward *f, const float *in, const struct product *products,
+                          uint32_t n_products)
+{
+    quant_vector_pack(&f->vector, in, products->matrix->n_columns);
+    team_run(f->team, step_product_item, f, products_set(f, products, n_products, STEP_ROWS));
+}
+
+static void step_norm(struct forward *f, const float *x, const float *weight)
+{
+    norm(x, weight, f->model->n_embed, f->model->norm_epsilon, f->normed);
+}
+
+static void step_before_attend(struct forward *f, const struct model_layer *layer)
 {
     const struct model *m = f->model;
+    const struct product qkv[] = {{&layer->q, f->q, 0}, {&layer->k, f->k, 0}, {&layer->v, f->v, 0}};
 
+    step_norm(f, f->x, layer->attend_norm);
+    step_multiply(f, f->normed, qkv, 3);
     turn(f->q, m->n_q_heads, m->head_width, f->turns);
     turn(f->k, m->n_kv_heads, m->head_width, f->turns);
-    item->q = f->q;
-    item->k = f->k;
-    item->v = f->v;
-    item->out = f->attended;
-    int rc = winnow_attend(client, f->layer, item, 1, 0);
-    *certificate = item->certificate;
-    return rc < 0 ? rc : item->status;
 }
 
-int forward_step(struct forward *f, winnow_client *client, winnow_session *session, uint32_t id,
-                 uint64_t position, float mass, winnow_certificate *certificates,
-                 uint64_t *truncate_to)
+static void step_after_attend(struct forward *f, const struct model_layer *layer)
 {
-    winnow_attend_item item = {.session = session, .position = position, .mass = mass};
+    const struct product o = {&layer->o, f->x, 1}, down = {&layer->down, f->x, 1};
+    const struct product gate = {&layer->gate, f->gate, 0};
 
-    embed(f, &id, 1);
-    turns_fill(f, position, 1);
-    for (f->layer = 0; f->layer < f->model->n_layers; f->layer++) {
-        team_run(f->team, run_step, f);
-        int rc = step_attend(f, client, &item, &certificates[f->layer]);
-        if (rc < 0) {
-            *truncate_to = item.truncate_to;
+    step_multiply(f, f->attended, &o, 1);
+    step_norm(f, f->x, layer->ffn_norm);
+    quant_vector_pack(&f->vector, f->normed, f->model->n_embed);
+    uint32_t n_items = products_set(f, &gate, 1, STEP_ROWS);
+    f->products[1].matrix = &layer->up;
+    team_run(f->team, step_gate_item, f, n_items);
+    step_multiply(f, f->gate, &down, 1);
+}
+
+static int step_attend(struct forward *f, winnow_client *client, uint32_t layer,
+                       struct forward_step *step)
+{
+    winnow_attend_item item = {
+        .session = step->session,
+        .position = step->position,
+        .mass = step->mass,
+        .q = f->q,
+        .k = f->k,
+        .v = f->v,
+        .out = f->attended,
+    };
+
+    team_rest(f->team);
+    const int64_t start_ns = clock_now_ns();
+    int rc = winnow_attend(client, layer, &item, 1, 0);
+    step->attend_ns += clock_now_ns() - start_ns;
+    step->certificates[layer] = item.certificate;
+    step->truncate_to = item.truncate_to;
+    return rc < 0 ? rc : item.status;
+}
+
+int forward_step(struct forward *f, winnow_client *client, struct forward_step *step)
+{
+    step->attend_ns = 0;
+    embed(f, &step->id, 1);
+    turns_fill(f, step->position, 1);
+    for (uint32_t layer = 0; layer < f->model->n_layers; layer++) {
+        step_before_attend(f, &f->model->layers[layer]);
+        int rc = step_attend(f, client, layer, step);
+        if (rc < 0)
             return rc;
-        }
+        step_after_attend(f, &f->model->layers[layer]);
     }
-    team_run(f->team, run_step, f);
+    team_rest(f->team);
     return 0;
 }
 
 /* ---- logits ---- */
 
-static void run_logits(void *arg, uint32_t thread_idx)
-{
-    struct forward *f = arg;
-    const struct model *m = f->model;
-
-    lane_norm(f, thread_idx, f->x + (size_t)(f->n_rows - 1) * m->n_embed, m->output_norm);
-    multiply(f, thread_idx, &m->output, f->logits, 0);
-}
-
 const float *forward_logits(struct forward *f)
 {
-    team_run(f->team, run_logits, f);
+    const struct model *m = f->model;
+    const struct product product = {&m->output, f->logits, 0};
+
+    step_norm(f, f->x + (size_t)(f->n_rows - 1) * m->n_embed, m->output_norm);
+    step_multiply(f, f->normed, &product, 1);
+    team_rest(f->team);
     return f->logits;
 }
 
-/* Folds a tile of logits into each row's running softmax. */
-static void fold_tile(struct forward *f, uint32_t row, uint32_t first_id, uint32_t n_ids)
+/* Folds a row's tile of logits into its running softmax. */
+static void fold_row(struct forward *f, uint32_t row)
 {
+    const uint32_t n_ids = f->n_tile_ids, next = f->next_ids[row] - f->tile_first_id;
     const float *logits = f->vocab_logits + (size_t)row * n_ids;
     double top = f->tops[row], sum = f->sums[row];
     float tile_top = logits[0];
@@ -347,34 +403,23 @@ static void fold_tile(struct forward *f, uint32_t row, uint32_t first_id, uint32
         sum += (double)expf(logits[i] - (float)top);
     f->tops[row] = top;
     f->sums[row] = sum;
-    if (f->next_ids[row] - first_id < n_ids)
-        f->logprobs[row] = (double)logits[f->next_ids[row] - first_id];
+    if (next < n_ids)
+        f->logprobs[row] = (double)logits[next];
 }
 
-static void run_logprobs(void *arg, uint32_t thread_idx)
+static void fold_item(void *arg, uint32_t item_idx, uint32_t thread_idx)
 {
     struct forward *f = arg;
-    const struct model *m = f->model;
-    uint32_t first, end;
 
-    window_norm(f, thread_idx, m->output_norm);
-    team_share(f->team, thread_idx, f->n_rows, 1, &first, &end);
-    for (uint32_t id = 0; id < m->n_vocab; id += VOCAB_TILE_ROWS) {
-        struct matrix tile = m->output;
-        tile.rows += id * tile.row_bytes;
-        tile.n_rows = m->n_vocab - id < VOCAB_TILE_ROWS ? m->n_vocab - id : VOCAB_TILE_ROWS;
-        project(f, thread_idx, &tile, f->normed, f->vocab_logits, 0);
-        team_barrier(f->team);
-        for (uint32_t row = first; row < end; row++)
-            fold_tile(f, row, id, tile.n_rows);
-        team_barrier(f->team);
-    }
-    for (uint32_t row = first; row < end; row++)
-        f->logprobs[row] -= f->tops[row] + log(f->sums[row]);
+    (void)thread_idx;
+    for (uint32_t row = item_idx * ROWS_AT_ONCE; row < rows_end(f, item_idx); row++)
+        fold_row(f, row);
 }
 
 void forward_logprobs(struct forward *f, const uint32_t *next_ids, uint32_t n, double *logprobs)
 {
+    const struct model *m = f->model;
+
     for (uint32_t row = 0; row < n; row++) {
         f->tops[row] = -INFINITY;
         f->sums[row] = 0;
@@ -382,27 +427,41 @@ void forward_logprobs(struct forward *f, const uint32_t *next_ids, uint32_t n, d
     f->next_ids = next_ids;
     f->logprobs = logprobs;
     f->n_rows = n;
-    team_run(f->team, run_logprobs, f);
+    window_norm(f, m->output_norm);
+    for (uint32_t id = 0; id < m->n_vocab; id += VOCAB_TILE_ROWS) {
+        struct matrix tile = m->output;
+        tile.rows += id * tile.row_bytes;
+        tile.n_rows = m->n_vocab - id < VOCAB_TILE_ROWS ? m->n_vocab - id : VOCAB_TILE_ROWS;
+        window_multiply(f, f->normed, &(struct product){&tile, f->vocab_logits, 0}, 1);
+        f->tile_first_id = id;
+        f->n_tile_ids = tile.n_rows;
+        team_run(f->team, fold_item, f, n_row_items(f));
+    }
+    team_rest(f->team);
+    for (uint32_t row = 0; row < n; row++)
+        logprobs[row] -= f->tops[row] + log(f->sums[row]);
 }
 
 /* ---- memory ---- */
 
-static int lanes_create(struct forward *f, uint32_t n_threads)
+static uint32_t widest(const struct model *m)
 {
-    const struct model *m = f->model;
-    uint32_t width = m->n_ffn > m->n_embed ? m->n_ffn : m->n_embed;
+    return m->n_ffn > m->n_embed ? m->n_ffn : m->n_embed;
+}
 
-    f->lanes = calloc(n_threads, sizeof *f->lanes);
-    if (!f->lanes)
+static int tiles_create(struct forward *f)
+{
+    const uint32_t n_threads = team_n_threads(f->team);
+
+    f->tiles = calloc(n_threads, sizeof *f->tiles);
+    if (!f->tiles)
         return -ENOMEM;
     for (uint32_t i = 0; i < n_threads; i++) {
-        struct lane *lane = &f->lanes[i];
-        lane->row = malloc(width * sizeof(float));
-        lane->tile = aligned_alloc(64, (size_t)TILE_ROWS * width * sizeof(float));
-        if (!lane->row || !lane->tile || quant_vector_create(&lane->vector, width) < 0)
+        f->tiles[i] = aligned_alloc(64, (size_t)TILE_ROWS * widest(f->model) * sizeof(float));
+        if (!f->tiles[i])
             return -ENOMEM;
     }
-    return 0;
+    return quant_vector_create(&f->vector, widest(f->model));
 }
 
 static int activations_create(struct forward *f)
@@ -439,7 +498,7 @@ int forward_create(const struct model *model, uint32_t n_threads, struct forward
     openblas_set_num_threads(1);
     int rc = team_create(n_threads, &f->team);
     if (rc == 0)
-        rc = lanes_create(f, team_n_threads(f->team));
+        rc = tiles_create(f);
     if (rc == 0)
         rc = activations_create(f);
     if (rc < 0) {
@@ -454,12 +513,10 @@ void forward_destroy(struct forward *f)
 {
     if (!f)
         return;
-    for (uint32_t i = 0; f->lanes && i < team_n_threads(f->team); i++) {
-        quant_vector_destroy(&f->lanes[i].vector);
-        free(f->lanes[i].row);
-        free(f->lanes[i].tile);
-    }
-    free(f->lanes);
+    for (uint32_t i = 0; f->tiles && i < team_n_threads(f->team); i++)
+        free(f->tiles[i]);
+    free(f->tiles);
+    quant_vector_destroy(&f->vector);
     team_destroy(f->team);
     float *arrays[] = {f->x,    f->normed, f->q,     f->attended, f->k,           f->v,
                        f->gate, f->up,     f->turns, f->logits,   f->vocab_logits};

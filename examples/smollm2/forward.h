@@ -25,11 +25,20 @@ void forward_destroy(struct forward *forward); /* NULL is fine */
 int forward_window(struct forward *forward, winnow_session *session, const uint32_t *ids,
                    uint64_t first, uint32_t n);
 
-/* One decode step of one session: fills certificates [n_layers]. mass 0: the session's.
- * Errors are winnow_attend's, the item's included; with -ENODATA *truncate_to is set. */
-int forward_step(struct forward *forward, winnow_client *client, winnow_session *session,
-                 uint32_t id, uint64_t position, float mass, winnow_certificate *certificates,
-                 uint64_t *truncate_to);
+/* One decode step of one session. */
+struct forward_step {
+    winnow_session *session;
+    uint32_t id;
+    uint64_t position;
+    float mass; /* 0: the session's */
+    /* results */
+    winnow_certificate *certificates; /* [n_layers], the caller's */
+    uint64_t truncate_to;             /* with -ENODATA */
+    int64_t attend_ns;                /* time in winnow_attend, of all layers */
+};
+
+/* Errors are winnow_attend's, the item's included. */
+int forward_step(struct forward *forward, winnow_client *client, struct forward_step *step);
 
 /* Raw logits [n_vocab] after the last position read; overwritten by the next call. */
 const float *forward_logits(struct forward *forward);

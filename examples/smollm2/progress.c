@@ -3,23 +3,17 @@
 // the mean rate so far.
 #include "progress.h"
 
+#include "clock.h"
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <time.h>
 #include <unistd.h>
 
 static const int64_t SECOND_NS = 1000000000;
 
 enum { BAR_CELLS = 20, BAR_COLUMNS_MIN = 60, COUNT_COLUMNS_MIN = 40 };
-
-int64_t progress_now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * SECOND_NS + now.tv_nsec;
-}
 
 static enum progress_mode mode_choose(void)
 {
@@ -38,7 +32,7 @@ void progress_begin(struct progress *p, enum progress_mode mode, const char *doi
         .doing = doing,
         .unit = unit,
         .n_total = n_total,
-        .start_ns = progress_now_ns(),
+        .start_ns = clock_now_ns(),
     };
     p->shown_ns = p->start_ns;
     p->n_columns = ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col ? size.ws_col : 80;
@@ -78,7 +72,7 @@ static void draw_bar(struct progress *p, uint64_t n_done, double rate, uint64_t 
 
 void progress_update(struct progress *p, uint64_t n_done)
 {
-    const int64_t now_ns = progress_now_ns(), elapsed_ns = now_ns - p->start_ns;
+    const int64_t now_ns = clock_now_ns(), elapsed_ns = now_ns - p->start_ns;
     const int is_bar = p->mode == PROGRESS_BAR;
 
     if (p->mode == PROGRESS_NONE || elapsed_ns < SECOND_NS / 2 ||

@@ -20,5 +20,3 @@ void progress_begin(struct progress *progress, enum progress_mode mode, const ch
                     const char *unit, uint64_t n_total);
 void progress_update(struct progress *progress, uint64_t n_done);
 void progress_end(struct progress *progress);
-
-int64_t progress_now_ns(void); /* CLOCK_MONOTONIC */

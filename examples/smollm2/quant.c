@@ -97,18 +97,29 @@ void quant_vector_destroy(struct quant_vector *vector)
     *vector = (struct quant_vector){0};
 }
 
+/* Rounds to nearest by adding 1.5 * 2^23, which leaves the integer in the low bits; unlike lrintf
+ * this becomes vector code. |x| < 2^22. */
+static inline int16_t round_near(float x)
+{
+    const float shifted = x + 0x1.8p23f;
+    int32_t bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    return (int16_t)(bits - 0x4b400000);
+}
+
 void quant_vector_pack(struct quant_vector *vector, const float *x, uint32_t n_items)
 {
     vector->n_items = n_items;
     for (uint32_t i = 0; i < n_items; i += QUANT_BLOCK_ITEMS) {
         float largest = 0, sum = 0;
         for (uint32_t j = i; j < i + QUANT_BLOCK_ITEMS; j++) {
-            largest = fmaxf(largest, fabsf(x[j]));
+            float size = fabsf(x[j]);
+            largest = size > largest ? size : largest;
             sum += x[j];
         }
         float inverse = largest > 0 ? 32767.0f / largest : 0;
         for (uint32_t j = i; j < i + QUANT_BLOCK_ITEMS; j++)
-            vector->items[j] = (int16_t)lrintf(x[j] * inverse);
+            vector->items[j] = round_near(x[j] * inverse);
         vector->scales[i / QUANT_BLOCK_ITEMS * 2] = largest / 32767.0f;
         vector->scales[i / QUANT_BLOCK_ITEMS * 2 + 1] = sum;
     }

@@ -51,12 +51,14 @@ static void add_layer(struct tally *tally, uint32_t layer, const winnow_certific
     tally->disk_bytes += one->bytes_read;
     tally->n_verdicts[one->verdict <= WINNOW_DEGRADED ? one->verdict : 0]++;
     tally->n_rounds_extra += one->rounds > 1 ? one->rounds - 1 : 0;
+    tally->daemon_s += one->micros / 1e6;
     tally->mass_sum += (double)one->mass_mean;
     tally->mass_asked = one->mass_asked;
     tally->mass_worst = fminf(tally->mass_worst, one->mass_reached);
 }
 
-int tally_add(struct tally *tally, const winnow_certificate *certificates, double seconds)
+int tally_add(struct tally *tally, const winnow_certificate *certificates, double step_s,
+              double attend_s)
 {
     int is_short = 0;
     int rc = reserve(tally, 1);
@@ -67,7 +69,8 @@ int tally_add(struct tally *tally, const winnow_certificate *certificates, doubl
         is_short |= certificates[layer].verdict == WINNOW_SHORT;
     }
     tally->n_steps_short += (uint64_t)is_short;
-    tally->step_s[tally->n_steps++] = (float)seconds;
+    tally->attend_s += attend_s;
+    tally->step_s[tally->n_steps++] = (float)step_s;
     return 0;
 }
 
@@ -91,6 +94,8 @@ int tally_merge(struct tally *sum, const struct tally *one)
     sum->blocks_host += one->blocks_host;
     sum->blocks_remote += one->blocks_remote;
     sum->disk_bytes += one->disk_bytes;
+    sum->attend_s += one->attend_s;
+    sum->daemon_s += one->daemon_s;
     sum->mass_sum += one->mass_sum;
     sum->mass_asked = one->mass_asked;
     sum->mass_worst = fminf(sum->mass_worst, one->mass_worst);
@@ -137,13 +142,10 @@ static int float_compare(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-static void write_times(const struct tally *tally, struct json *json)
+static void write_times(const struct tally *tally, double total_s, struct json *json)
 {
-    double total_s = 0;
     float *sorted = malloc((tally->n_steps + 1) * sizeof *sorted);
 
-    for (uint64_t i = 0; i < tally->n_steps; i++)
-        total_s += (double)tally->step_s[i];
     json_count(json, "tokens", tally->n_steps);
     json_number(json, "tokens_per_s", total_s > 0 ? (double)tally->n_steps / total_s : NAN);
     json_object_begin(json, "step_s");
@@ -160,8 +162,16 @@ static void write_times(const struct tally *tally, struct json *json)
 void tally_write_report(const struct tally *tally, uint64_t block_bytes, struct json *json)
 {
     const double n_steps = tally->n_steps ? (double)tally->n_steps : NAN;
+    double total_s = 0;
 
-    write_times(tally, json);
+    for (uint64_t i = 0; i < tally->n_steps; i++)
+        total_s += (double)tally->step_s[i];
+    write_times(tally, total_s, json);
+    json_object_begin(json, "token_s");
+    json_number(json, "daemon", tally->daemon_s / n_steps);
+    json_number(json, "way", (tally->attend_s - tally->daemon_s) / n_steps);
+    json_number(json, "engine", (total_s - tally->attend_s) / n_steps);
+    json_object_end(json);
     json_object_begin(json, "read_bytes_per_token");
     json_number(json, "device", (double)(tally->blocks_device * block_bytes) / n_steps);
     json_number(json, "host", (double)(tally->blocks_host * block_bytes) / n_steps);

@@ -16,7 +16,8 @@ struct tally {
     uint64_t n_verdicts[5];               /* by WINNOW_EXACT .. WINNOW_DEGRADED */
     uint64_t n_steps_short, n_rounds_extra;
     uint64_t blocks_device, blocks_host, blocks_remote, disk_bytes;
-    double mass_sum; /* of the items' means */
+    double mass_sum;           /* of the items' means */
+    double attend_s, daemon_s; /* in winnow_attend, and of that in winnowd */
     float mass_asked, mass_worst;
 };
 
@@ -24,8 +25,9 @@ struct tally {
 int tally_create(struct tally *tally, uint32_t n_layers);
 void tally_destroy(struct tally *tally);
 
-/* certificates [n_layers] of one step. -ENOMEM */
-int tally_add(struct tally *tally, const winnow_certificate *certificates, double seconds);
+/* certificates [n_layers] of one step that took step_s, attend_s of it in winnow_attend. -ENOMEM */
+int tally_add(struct tally *tally, const winnow_certificate *certificates, double step_s,
+              double attend_s);
 /* sum += one. -ENOMEM */
 int tally_merge(struct tally *sum, const struct tally *one);
 

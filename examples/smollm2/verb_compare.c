@@ -4,6 +4,7 @@
 // up to where the answers part. There KL(everything || sparse) of the next token is what sparsity
 // costs; past it, the two continue different texts. The sparse logits of one question are kept
 // (200 KB a step), so that the two runs stay apart and each is timed alone.
+#include "clock.h"
 #include "context.h"
 #include "fault.h"
 #include "json.h"
@@ -39,7 +40,7 @@ struct comparison {
     double kl_sum, kl_max;
     uint64_t n_kl, n_equal, n_answer_ids;
     char first_difference[64];
-    winnow_stats stats; /* of the context, when all is answered */
+    winnow_stats stats, all; /* of the context and of winnowd, when all is answered */
     uint32_t n_read;
     double read_s;
 };
@@ -188,9 +189,9 @@ static int question_run(struct comparison *c, const struct context *read, uint32
     c->n_kept = c->n_compared = 0;
     c->other = &c->sparse.answers[question];
     for (int i = 0; rc == 0 && i < 2; i++) {
-        int64_t start_ns = progress_now_ns();
+        int64_t start_ns = clock_now_ns();
         rc = side_answer(c, read, question, sides[i], i);
-        sides[i]->duration_s += (double)(progress_now_ns() - start_ns) / 1e9;
+        sides[i]->duration_s += (double)(clock_now_ns() - start_ns) / 1e9;
     }
     if (rc == 0)
         count_equal(c, question);
@@ -210,7 +211,7 @@ static int comparison_run(struct comparison *c)
     progress_begin(&progress, mode, "read", "tokens", c->n_read);
     rc = context_read(&read, c->lists.lists[0].ids, c->n_read, NULL, NULL, &progress);
     progress_end(&progress);
-    c->read_s = (double)(progress_now_ns() - progress.start_ns) / 1e9;
+    c->read_s = (double)(clock_now_ns() - progress.start_ns) / 1e9;
 
     progress_begin(&progress, mode, "answer", "questions", c->n_questions);
     for (uint32_t i = 0; rc == 0 && i < c->n_questions; i++) {
@@ -220,6 +221,8 @@ static int comparison_run(struct comparison *c)
     progress_end(&progress);
     if (rc == 0) {
         rc = winnow_stats_get(c->engine->client, read.session, &c->stats, 0);
+        if (rc == 0)
+            rc = winnow_stats_get(c->engine->client, NULL, &c->all, 0);
         if (rc < 0)
             fault_set(rc, "%s", winnow_error_text());
     }
@@ -268,7 +271,7 @@ static void write_context(const struct comparison *c, struct json *json)
     json_count(json, "index_bytes", c->stats.index_bytes);
     json_count(json, "kv_host_bytes", c->stats.kv_host_bytes);
     json_count(json, "kv_disk_bytes", c->stats.kv_disk_bytes);
-    json_count(json, "rss_peak_bytes", c->stats.rss_peak_bytes);
+    json_count(json, "rss_peak_bytes", c->all.rss_peak_bytes);
     json_object_end(json);
 }
 
@@ -296,7 +299,7 @@ static void write_side(const struct comparison *c, const char *key, const struct
     tally_write(&side->tally, json);
     tally_write_report(&side->tally, block_bytes(c), json);
     json_number(json, "prefill_tokens_per_s", c->read_s > 0 ? c->n_read / c->read_s : NAN);
-    json_count(json, "written_bytes", c->stats.written_bytes);
+    json_count(json, "written_bytes", c->all.written_bytes);
     json_array_begin(json, "answers");
     for (uint32_t i = 0; i < c->n_questions; i++) {
         const struct tokens *answer = &side->answers[i];
@@ -398,7 +401,7 @@ int verb_compare(struct engine *engine)
     if (!c)
         return fault_set(-ENOMEM, "no memory for the comparison");
     c->engine = engine;
-    c->stats = (winnow_stats)WINNOW_STATS;
+    c->stats = c->all = (winnow_stats)WINNOW_STATS;
 
     int rc = questions_load(c, options->questions);
     if (rc == 0)

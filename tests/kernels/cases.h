@@ -1,5 +1,5 @@
 /*
- * The case list that tests/kernels/test_versions.c checks and bench/kernels.c times: shapes of
+ * The case list that tests/kernels/test_versions_*.c check and bench/kernels.c times: shapes of
  * models, kinds of input, and one KV head's data made of both. Data is packed and indexed by the
  * reference, so that every version gets the same.
  */

@@ -88,7 +88,9 @@ static struct winnow_work *take_by_pick(struct winnow_team *team, uint32_t lane_
     if (n == 0)
         return NULL;
     place = team->pick(team->pick_arg, n);
-    winnow_assert(place < n);
+    winnow_assert(place <= n);
+    if (place == n)
+        return NULL;
     for (uint32_t lane = 0; lane <= lane_max; lane++) {
         n = 0;
         for (struct winnow_work *work = team->lane[lane].first; work; work = work->next)

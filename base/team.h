@@ -43,6 +43,7 @@ struct winnow_work *winnow_team_poll(struct winnow_team *team); /* NULL: none fi
 void winnow_team_hot(struct winnow_team *team, bool hot);
 uint32_t winnow_team_size(const struct winnow_team *team); /* n_workers + 1 */
 
-/* The simulator's choice among n waiting items of all lanes, in submission order; NULL = by lane. */
+/* The simulator's choice among n waiting items of all lanes, in submission order; n: none of them
+ * now, as if workers had them; NULL = by lane. */
 void winnow_team_set_pick(struct winnow_team *team, uint32_t (*pick)(void *arg, uint32_t n),
                           void *arg);

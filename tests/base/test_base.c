@@ -186,6 +186,36 @@ static void test_team__lanes_run_in_order(void)
     winnow_team_destroy(team);
 }
 
+static uint32_t pick_told(void *arg, uint32_t n)
+{
+    uint32_t *place = arg;
+    return *place < n ? *place : n;
+}
+
+/* A pick takes the item it names, of the lanes that are asked for, or none. */
+static void test_team__pick_chooses_one_or_none(void)
+{
+    struct winnow_team *team;
+    _Atomic int n_run = 0;
+    uint32_t place = 1;
+    struct counted item[3] = {{{.run = counted_run, .lane = WINNOW_LANE_BUILD}, &n_run, 0},
+                              {{.run = counted_run, .lane = WINNOW_LANE_EXACT}, &n_run, 0},
+                              {{.run = counted_run, .lane = WINNOW_LANE_EXACT}, &n_run, 0}};
+    CHECK_EQ(winnow_team_create(&(struct winnow_team_options){0}, &team), 0);
+    winnow_team_set_pick(team, pick_told, &place);
+    for (int i = 0; i < 3; i++)
+        winnow_team_submit(team, &item[i].work);
+    CHECK(winnow_team_run_one(team, WINNOW_LANE_BUILD));
+    CHECK(winnow_team_poll(team) == &item[2].work);
+    CHECK(!winnow_team_run_one(team, WINNOW_LANE_EXACT)); /* one is left there, place 1 is none */
+    CHECK(winnow_team_run_one(team, WINNOW_LANE_BUILD));
+    CHECK(winnow_team_poll(team) == &item[0].work);
+    place = 0;
+    CHECK(winnow_team_run_one(team, WINNOW_LANE_BUILD));
+    CHECK(winnow_team_poll(team) == &item[1].work);
+    winnow_team_destroy(team);
+}
+
 /* Every item is run once and comes back once, hot or not. */
 static void test_team__workers_run_each_item_once(void)
 {
@@ -225,6 +255,7 @@ int main(int argc, char **argv)
     TEST_RUN(test_pool__stale_handle_finds_nothing);
     TEST_RUN(test_alloc__nth_fails);
     TEST_RUN(test_team__lanes_run_in_order);
+    TEST_RUN(test_team__pick_chooses_one_or_none);
     TEST_RUN(test_team__workers_run_each_item_once);
     return TEST_END();
 }

@@ -99,7 +99,7 @@ void winnow_certificate_close(struct winnow_core *core, struct winnow_session *s
     }
     if (c->verdict == WINNOW_VERDICT_SHORT && session->options.strict && !op->whole)
         return; /* read whole next; counted then */
-    int64_t us = (core->now_ns - op->begun_ns) / 1000;
+    int64_t us = (core->now_ns - op->arrived_ns) / 1000;
     c->micros = us > 0 ? (uint32_t)us : 0;
     heavy_count(session);
     stats_count(session, c);

@@ -81,7 +81,7 @@ void winnow_core_destroy(struct winnow_core *core)
 {
     if (!core)
         return;
-    core->tiers.store = NULL; /* closed: what it stored is gone */
+    core->tiers.store = NULL;     /* closed: what it stored is gone */
     while (core->n_items_out > 0) /* they read what is freed below */
         if (!winnow_team_run_one(core->options.team, WINNOW_LANE_BUILD) && !items_poll(core))
             sched_yield();
@@ -176,7 +176,7 @@ static void op_start_next(struct winnow_core *core, struct winnow_session *sessi
     session->op = (struct winnow_op){.request = request,
                                      .number = ++core->n_ops,
                                      .state = WINNOW_OP_BEGIN,
-                                     .begun_ns = core->now_ns};
+                                     .arrived_ns = (int64_t)request->core_private[0]};
     session->active_idx = core->n_active;
     core->active[core->n_active++] = session;
     core->progress = true;
@@ -220,6 +220,7 @@ static void request_begin(struct winnow_core *core, struct winnow_request *reque
     request->status = 0;
     request->text[0] = 0;
     request->truncate_to = 0;
+    request->core_private[0] = (uint64_t)core->now_ns;
     if (request->kind == WINNOW_REQUEST_OPEN) {
         winnow_open(core, request);
         request_done(core, request);
@@ -585,7 +586,8 @@ static bool item_run(struct winnow_core *core)
 /* Short of a wake-up's price it pays to wait here for the last items of a decode step. */
 static bool items_spin(struct winnow_core *core)
 {
-    for (int i = 0; core->n_decoding && core->n_items_out && i < SPIN_ROUNDS; i++) {
+    int n_rounds = core->n_workers > 1 ? SPIN_ROUNDS : 1; /* alone nobody else ends one */
+    for (int i = 0; core->n_decoding && core->n_items_out && i < n_rounds; i++) {
         if (winnow_team_run_one(core->options.team, WINNOW_LANE_DECODE) || items_poll(core))
             return true;
         __builtin_ia32_pause();
@@ -593,18 +595,25 @@ static bool items_spin(struct winnow_core *core)
     return false;
 }
 
+/* A step may run many items: deadlines and certificates want to know how late it is. */
+static int64_t clock_now(const struct winnow_core *core)
+{
+    return core->options.now ? core->options.now(core->options.now_arg) : winnow_clock_now_ns();
+}
+
 int64_t winnow_core_step(struct winnow_core *core, int64_t now_ns)
 {
     int64_t next_ns;
-    core->now_ns = now_ns;
     winnow_team_hot(core->options.team, core->n_active > 0);
-    do {
+    for (core->now_ns = now_ns;; core->now_ns = clock_now(core)) {
         core->progress = requests_poll(core);
         core->progress |= items_poll(core);
         core->progress |= store_poll(core);
         winnow_spill_pump(core, false);
         next_ns = ops_advance(core);
-    } while (core->progress || items_spin(core));
+        if (!core->progress && !items_spin(core))
+            break;
+    }
     if (item_run(core))
         return now_ns; /* its end is a message; and time has passed */
     winnow_team_hot(core->options.team, core->n_active > 0);

@@ -54,7 +54,7 @@ struct winnow_core_certificate {
                                                                        those that were read */
     uint32_t n_blocks_missed; /* lost or late, compensated */
     uint64_t bytes_read;      /* disk bytes caused: holes and retries too */
-    uint32_t micros;          /* from submit to done */
+    uint32_t micros;          /* since the core took the request */
 };
 
 struct winnow_session_options {
@@ -154,7 +154,7 @@ struct winnow_request {
         struct winnow_core_stats stats;
     };
     struct winnow_request *next; /* the core's */
-    uint64_t core_private[4];    /* the core's */
+    uint64_t core_private[4];    /* the core's: when it arrived */
 };
 
 struct winnow_core_options {
@@ -172,6 +172,8 @@ struct winnow_core_options {
      * store, winnow_core_set_store. Without one, contexts live in memory alone. */
     void (*notify)(void *arg); /* winnow_core_submit, any thread: the owner should step (edge) */
     void *notify_arg;
+    int64_t (*now)(void *arg); /* the clock while a step goes on; NULL: winnow_clock_now_ns */
+    void *now_arg;
     uint64_t seed; /* session ids */
 };
 
@@ -190,7 +192,8 @@ int winnow_core_submit(struct winnow_core *core, struct winnow_request *request)
 /* Any thread. The request ends at its next item with -ECANCELED (or as it would have). */
 void winnow_core_cancel(struct winnow_core *core, struct winnow_request *request);
 
-/* Owner. Returns when it wants to be called again at the latest, if nothing notifies before. */
+/* Owner. Returns when it wants to be called again at the latest, if nothing notifies before; now_ns
+ * or less: at once. */
 int64_t winnow_core_step(struct winnow_core *core, int64_t now_ns);
 
 /* All that is reserved at start, in bytes, for the printed sum. */

@@ -179,7 +179,7 @@ struct winnow_op {
     uint32_t n_items, n_loads; /* running, outstanding */
     int failure;
     bool cancelled, permuting;
-    int64_t begun_ns;
+    int64_t arrived_ns; /* its request did */
     uint32_t layer;
 
     struct winnow_run *run; /* decode */

@@ -373,7 +373,7 @@ static void reply(struct winnow_core *core, struct winnow_session *session)
 {
     struct winnow_op *op = &session->op;
     struct winnow_request *request = op->request;
-    int64_t us = (core->now_ns - op->begun_ns) / 1000;
+    int64_t us = (core->now_ns - op->arrived_ns) / 1000;
     op->certificate.micros = us > 0 ? (uint32_t)us : 0;
     session->stats.n_exact_windows += request->kind == WINNOW_REQUEST_EXACT;
     if (request->kind == WINNOW_REQUEST_EXACT)

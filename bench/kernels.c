@@ -4,8 +4,9 @@
 //   bench-kernels [--threads N] [WORD]      only rows that contain WORD
 //
 // Each row: best of several runs, per call and, where they count, GB/s read or GFLOP/s, and the
-// ratio to ref. `cache` rows repeat one call's data; `ram` rows walk over 256 MiB of it on all
-// threads, as a step does over its heads. Inputs and shapes: tests/kernels/cases.h.
+// ratio to ref. `cache` rows repeat one call's data; `step` rows do on all threads what a step does
+// over all layers and KV heads of a context of 7,000 tokens, its data anew in 256 MiB of memory:
+// attend everything, in blocks of random order; score everything. Inputs and shapes: tests/kernels/cases.h.
 #include <base/clock.h>
 #include <getopt.h>
 #include <immintrin.h>
@@ -86,16 +87,28 @@ static uint8_t *big; /* BIG_BYTES, touched */
 enum { BIG_BYTES = 256 << 20, BIG_PIECE = 1 << 20 };
 static volatile float sink;
 
-__attribute__((target("avx2"))) static void read_piece(void *arg, uint32_t i, uint32_t thread_idx)
+__attribute__((target("avx2"))) static void read_bytes(const uint8_t *at, size_t n_bytes)
 {
-    const uint8_t *at = big + (size_t)i * BIG_PIECE;
     __m256i a = _mm256_setzero_si256(), b = a;
-    (void)arg, (void)thread_idx;
-    for (size_t j = 0; j < BIG_PIECE; j += 64) {
-        a = _mm256_or_si256(a, _mm256_load_si256((const __m256i *)(at + j)));
-        b = _mm256_or_si256(b, _mm256_load_si256((const __m256i *)(at + j + 32)));
+    for (size_t i = 0; i < n_bytes; i += 64) {
+        a = _mm256_or_si256(a, _mm256_load_si256((const __m256i *)(at + i)));
+        b = _mm256_or_si256(b, _mm256_load_si256((const __m256i *)(at + i + 32)));
     }
     sink = (float)_mm256_extract_epi32(_mm256_or_si256(a, b), 0);
+}
+
+static void read_pieces(void *arg, uint32_t i, uint32_t thread_idx)
+{
+    (void)arg, (void)thread_idx;
+    read_bytes(big + (size_t)i * BIG_PIECE, BIG_PIECE);
+}
+
+/* A MiB as pages from all over: an odd stride meets each once. */
+static void read_pages(void *arg, uint32_t i, uint32_t thread_idx)
+{
+    (void)arg, (void)thread_idx;
+    for (size_t page = i * 256; page < (i + 1) * 256; page++)
+        read_bytes(big + page * 40503 % (BIG_BYTES / 4096) * 4096, 4096);
 }
 
 enum { FMA_STEPS = 20000, FMA_CHAINS = 12 };
@@ -119,12 +132,14 @@ FMA_PEAK(fma_avx512, "avx512f", __m512, _mm512_set1_ps, _mm512_fmadd_ps, _mm512_
 
 static void machine_print(void)
 {
-    struct job reads = {.run = read_piece, .n_items = BIG_BYTES / BIG_PIECE};
+    struct job reads = {.run = read_pieces, .n_items = BIG_BYTES / BIG_PIECE};
+    struct job pages = {.run = read_pages, .n_items = BIG_BYTES / BIG_PIECE};
     struct job avx2 = {.run = fma_avx2, .n_items = 1}, avx512 = {.run = fma_avx512, .n_items = 1};
 
-    for (uint32_t threads = 1; threads <= n_threads; threads++)
-        printf("machine  read %u thread%s %6.1f GB/s\n", threads, threads > 1 ? "s" : " ",
-               (double)BIG_BYTES / job_ns(&reads, threads));
+    for (uint32_t threads = 1; threads <= n_threads; threads += n_threads > 1 ? n_threads - 1 : 1)
+        printf("machine  read %2u threads %6.1f GB/s, pages in odd order %6.1f GB/s\n", threads,
+               (double)BIG_BYTES / job_ns(&reads, threads),
+               (double)BIG_BYTES / job_ns(&pages, threads));
     if (winnow_kernels_find("avx2"))
         printf("machine  fma avx2     1 core %6.1f GFLOP/s\n",
                2.0 * 8 * FMA_CHAINS * FMA_STEPS / job_ns(&avx2, 1));
@@ -138,7 +153,8 @@ static void machine_print(void)
 struct bench {
     const struct winnow_kernels *kernels;
     struct kernel_data data;
-    uint32_t n_heads; /* `ram`: copies of the data in `big` */
+    uint32_t *place; /* `step`: order of the blocks in `big` */
+    uint32_t n_places;
     size_t head_bytes;
     float *partial[N_THREADS_MAX], *ln_e, *ln_m;
     void *scratch, *window_scratch;
@@ -162,13 +178,13 @@ static void attend_cache(void *arg, uint32_t i, uint32_t thread_idx)
 }
 
 /* Item: eight blocks of a head. */
-static void attend_ram(void *arg, uint32_t i, uint32_t thread_idx)
+static void attend_step(void *arg, uint32_t i, uint32_t thread_idx)
 {
     struct bench *b = arg;
     const void *block[8];
     float ln_m[8 * WINNOW_GQA_MAX];
     for (uint32_t j = 0; j < 8; j++)
-        block[j] = big + ((size_t)i * 8 + j) * b->data.block_bytes;
+        block[j] = big + b->place[(i * 8 + j) % b->n_places] * b->data.block_bytes;
     b->kernels->attend_partial(&b->data.shape, b->data.q, 8, block, b->n_tokens,
                                b->partial[thread_idx], ln_m);
 }
@@ -190,11 +206,11 @@ static void score_cache(void *arg, uint32_t i, uint32_t thread_idx)
 }
 
 /* Item: a head; codes, centroids and scales of each lie in `big`. */
-static void score_ram(void *arg, uint32_t i, uint32_t thread_idx)
+static void score_step(void *arg, uint32_t i, uint32_t thread_idx)
 {
     struct bench *b = arg;
     struct winnow_index_view view = b->data.view;
-    uint8_t *at = big + i * b->head_bytes;
+    uint8_t *at = big + i % (BIG_BYTES / b->head_bytes) * b->head_bytes;
     (void)thread_idx;
     view.code = at;
     view.centroid = (int8_t *)(at + (size_t)N_BLOCKS * 8 * b->data.shape.k_width);
@@ -282,6 +298,8 @@ static void merge(void *arg, uint32_t i, uint32_t thread_idx)
 
 static void bench_init(struct bench *b, const struct kernel_case *of)
 {
+    struct winnow_rng rng;
+
     *b = (struct bench){0};
     case_data_init(&b->data, of, INPUT_RANDOM, N_BLOCKS, N_POS, 1);
     for (uint32_t i = 0; i < n_threads || i < 2; i++)
@@ -300,6 +318,15 @@ static void bench_init(struct bench *b, const struct kernel_case *of)
     for (size_t i = 0; i < BIG_BYTES; i += b->data.block_bytes)
         memcpy(big + i, b->data.block[i / b->data.block_bytes % N_BLOCKS],
                i + b->data.block_bytes <= BIG_BYTES ? b->data.block_bytes : BIG_BYTES - i);
+    b->head_bytes = (size_t)N_BLOCKS * 9 * b->data.shape.k_width;
+    b->n_places = BIG_BYTES / (uint32_t)b->data.block_bytes;
+    b->place = case_alloc(b->n_places * sizeof *b->place);
+    winnow_rng_init(&rng, 2);
+    for (uint32_t i = 0; i < b->n_places; i++) { /* shuffled as it is filled */
+        uint32_t other = (uint32_t)winnow_rng_below(&rng, i + 1);
+        b->place[i] = b->place[other];
+        b->place[other] = i;
+    }
     winnow_kernels_ref()->score(&b->data.shape, WINNOW_POLICY_CODES, &b->data.view, b->data.q,
                                 b->ln_e, b->data.scratch);
     memcpy(b->ln_m, b->ln_e, sizeof(float) * N_BLOCKS * b->data.n_q);
@@ -347,7 +374,8 @@ static double row_print(struct bench *b, const char *shape, const struct row *ro
     return ns;
 }
 
-static void case_bench(const struct kernel_case *of)
+/* n_heads: layers x KV heads of the model. */
+static void case_bench(const struct kernel_case *of, uint32_t n_heads)
 {
     static const char *const version[] = {"ref", "avx2", "avx512"};
     struct bench b;
@@ -357,15 +385,14 @@ static void case_bench(const struct kernel_case *of)
     uint32_t n_q = b.data.n_q, widths = shape->k_width + shape->v_width;
     double code_bytes = N_BLOCKS * (9.0 * shape->k_width + 32 + 16);
     double block_flop = 2.0 * 16 * widths * n_q;
-    uint32_t n_groups = BIG_BYTES / (8 * (uint32_t)b.data.block_bytes), n_heads;
-    b.head_bytes = (size_t)N_BLOCKS * 9 * shape->k_width;
-    n_heads = (uint32_t)(BIG_BYTES / b.head_bytes);
+    uint32_t n_groups = n_heads * (7000 / 128 + 1);
+    double group_bytes = 8.0 * (double)b.data.block_bytes;
     const struct row rows[] = {
-        {"attend cache", attend_cache, 1, 1, 8.0 * (double)b.data.block_bytes, 0},
-        {"attend ram", attend_ram, n_groups, n_threads, (double)BIG_BYTES, 0},
+        {"attend cache", attend_cache, 1, 1, group_bytes, 0},
+        {"attend step", attend_step, n_groups, n_threads, group_bytes * n_groups, 0},
         {"window", attend_window, 1, 1, 0, N_POS * 8 * block_flop},
         {"score cache", score_cache, 1, 1, code_bytes, 0},
-        {"score ram", score_ram, n_heads, n_threads, code_bytes * n_heads, 0},
+        {"score step", score_step, n_heads, n_threads, code_bytes * n_heads, 0},
         {"build 512", build_512, 1, 1, 0, 0},
         {"build 1024", build_1024, 1, 1, 0, 0},
         {"pack", pack, 1, 1, 0, 0},
@@ -416,8 +443,8 @@ int main(int argc, char **argv)
     winnow_assert(big);
     memset(big, 1, BIG_BYTES);
     machine_print();
-    case_bench(&kernel_cases[0]);
-    case_bench(&kernel_cases[1]);
+    case_bench(&kernel_cases[0], 30 * 3);
+    case_bench(&kernel_cases[1], 32 * 8);
     winnow_alloc_unmap(big, BIG_BYTES);
     return 0;
 }

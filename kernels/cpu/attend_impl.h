@@ -3,11 +3,16 @@
  *
  * K lies transposed, so a dimension of sixteen tokens is one load and a logit needs no horizontal
  * sum: per dimension one load and conversion, and an FMA a query head with q broadcast. Then exp,
- * then V by rows with p broadcast. A block is 4 to 8 KiB and the step reads it once: the time is
- * memory's, so the next block is asked for while this one is computed.
+ * then V by rows with p broadcast. A block is 4 to 8 KiB from anywhere and a step reads it once: the
+ * time is memory's. So a block is finished, K, exp and V, before the next, and every load asks for
+ * the same place of that next one: memory never waits for arithmetic.
  *
- * Each block's exponentials are relative to its own maximum, and weighed by exp(its maximum - m)
- * before V: so ln m_b of a block far below the others is as exact as theirs, at one exp a key.
+ * 4 KiB blocks in random order, one core: 17 GB/s, as plain reads of them; without asking ahead 9;
+ * asking for the whole next block at once, 10. Two blocks ahead, or into L2 only, gains nothing.
+ * From cache 36 GB/s; all K first and then all V was 41 there, and slower where it counts.
+ *
+ * A block's exponentials are relative to its own maximum, and weighed by exp(that - m) before V: ln
+ * m_b of a block far below the others is as exact as theirs, at one exp a key.
  */
 #pragma once
 

@@ -8,7 +8,10 @@
  * x 2 x 8 = 30,480) and widens every four groups.
  *
  * Sixteen blocks at a time: their 16 x 16 logits then need three steps a block for maximum and sum
- * (v16_rows_exp), where one block alone needs eight each.
+ * (v16_rows_exp), where one block alone needs eight each. A block of d 64 takes G 3 heads 31 ns with
+ * AVX-512, 67 with AVX2. Rejected: the query as 16-bit pairs (vpdpwssd, vpmaddwd), one product
+ * where the halves take two, of half as many dimensions: no fewer instructions, and the codes
+ * need four shifts where bytes need one.
  */
 #pragma once
 

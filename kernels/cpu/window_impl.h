@@ -5,7 +5,11 @@
  * The window's n_pos x G query rows are the rows of Q as they lie. Eight blocks are widened to
  * fp32 once (64 KiB at d = 64: they stay in L2), then every tile of TILE_ROWS rows passes over
  * them: S of 128 tokens, exp, O. Both products are the same routine, TILE_ROWS x TILE_VECTORS
- * accumulators in registers, one load of B and a broadcast of A a step.
+ * accumulators in registers, one load of B and a broadcast of A a step. B lies in panels, whose rows
+ * follow each other.
+ *
+ * 512 positions, d 64 and G 3 (d 128 and G 4): 83 (88) % of a core's FMA peak with AVX-512, 85 (91)
+ * with AVX2. With B's rows as far apart as the blocks' tokens, AVX2 reached 64. The rest is exp.
  *
  * Causality is a matter of blocks: those after the tile's last position are left out, those before
  * its first need no mask, and only the few between are masked, a prefix of tokens a row.

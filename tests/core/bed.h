@@ -131,6 +131,13 @@ struct bed_model {
     float spread; /* of logits: how peaked attention is */
 };
 
+/* Mean 0, variance 1, near enough to normal: the sum of three uniform numbers. */
+static inline double bed_noise(struct winnow_rng *rng)
+{
+    uint64_t x = winnow_rng_next(rng);
+    return (double)((x & 0x1fffff) + (x >> 21 & 0x1fffff) + (x >> 42 & 0x1fffff)) * 0x1p-20 - 3;
+}
+
 static inline void bed_rows(const struct bed_model *model, uint64_t what, uint32_t layer,
                             uint64_t position, uint32_t n_heads, uint32_t width, float *row)
 {
@@ -144,8 +151,8 @@ static inline void bed_rows(const struct bed_model *model, uint64_t what, uint32
         winnow_rng_init(&topic,
                         model->seed ^ (subject * 64 + kv_head + 1) * 0xd1342543de82ef95u ^ layer);
         for (uint32_t i = 0; i < width; i++) {
-            double noise = winnow_rng_normal(&rng);
-            double t = what == 1 ? 0 : winnow_rng_normal(&topic);
+            double noise = bed_noise(&rng);
+            double t = what == 1 ? 0 : bed_noise(&topic);
             row[head * width + i] = (float)(model->spread * 0.6 * t + 0.8 * noise);
         }
     }
@@ -165,37 +172,6 @@ static inline double bed_at_rest(const struct bed_model *model, float x)
         memcpy(&x, &bits, 4);
     }
     return (double)x;
-}
-
-/* Dense attention of query head h at `position` over tokens 0 .. position, in fp64. */
-static inline void bed_oracle(const struct bed_model *model, uint32_t layer, uint64_t position,
-                              const float *q, uint32_t h, double *out, double *ret_lse)
-{
-    const struct winnow_model_shape *shape = &model->shape;
-    uint32_t head = h / (shape->n_q_heads / shape->n_kv_heads);
-    static float k[64 * 256], v[64 * 256];
-    double *logit = malloc((position + 1) * sizeof *logit), largest = -INFINITY, sum = 0;
-    for (uint64_t t = 0; t <= position; t++) {
-        bed_rows(model, BED_K, layer, t, shape->n_kv_heads, shape->k_width, k);
-        logit[t] = 0;
-        for (uint32_t i = 0; i < shape->k_width; i++)
-            logit[t] += (double)q[h * shape->k_width + i] *
-                        bed_at_rest(model, k[head * shape->k_width + i]);
-        logit[t] *= (double)shape->softmax_scale;
-        largest = fmax(largest, logit[t]);
-    }
-    memset(out, 0, shape->v_width * sizeof *out);
-    for (uint64_t t = 0; t <= position; t++) {
-        double p = exp(logit[t] - largest);
-        bed_rows(model, BED_V, layer, t, shape->n_kv_heads, shape->v_width, v);
-        for (uint32_t i = 0; i < shape->v_width; i++)
-            out[i] += p * bed_at_rest(model, v[head * shape->v_width + i]);
-        sum += p;
-    }
-    for (uint32_t i = 0; i < shape->v_width; i++)
-        out[i] /= sum;
-    *ret_lse = largest + log(sum);
-    free(logit);
 }
 
 static inline uint64_t bed_open(struct bed *bed, const struct bed_model *model,
@@ -240,6 +216,30 @@ static inline int bed_window(struct bed *bed, const struct bed_model *model, uin
     return rc;
 }
 
+/* A window without queries, every layer. Returns status. */
+static inline int bed_append(struct bed *bed, const struct bed_model *model, uint64_t session_id,
+                             uint32_t epoch, uint64_t first, uint32_t n)
+{
+    const struct winnow_model_shape *s = &model->shape;
+    size_t n_k = (size_t)s->n_kv_heads * s->k_width, n_v = (size_t)s->n_kv_heads * s->v_width;
+    float *k = malloc(n * n_k * 4), *v = malloc(n * n_v * 4);
+    int rc = 0;
+    for (uint32_t layer = 0; rc == 0 && layer < s->n_layers; layer++) {
+        for (uint32_t i = 0; i < n; i++) {
+            bed_rows(model, BED_K, layer, first + i, s->n_kv_heads, s->k_width, k + i * n_k);
+            bed_rows(model, BED_V, layer, first + i, s->n_kv_heads, s->v_width, v + i * n_v);
+        }
+        struct winnow_request append = {
+            .kind = WINNOW_REQUEST_APPEND,
+            .session_id = session_id,
+            .epoch = epoch,
+            .append = {.layer = layer, .n_tokens = n, .first = first, .k = k, .v = v}};
+        rc = bed_run(bed, &append);
+    }
+    free(k), free(v);
+    return rc;
+}
+
 /* A decode step of one layer. */
 static inline int bed_step(struct bed *bed, const struct bed_model *model, uint64_t session_id,
                            uint32_t epoch, uint32_t layer, uint64_t position, float mass,
@@ -267,22 +267,51 @@ static inline int bed_step(struct bed *bed, const struct bed_model *model, uint6
     return rc;
 }
 
+/* Largest relative error, over query heads, of out against dense fp64 attention of the query at
+ * `position` over tokens 0 .. position. */
 static inline double bed_error(const struct bed_model *model, uint32_t layer, uint64_t position,
                                const float *out)
 {
     const struct winnow_model_shape *s = &model->shape;
-    static float q[64 * 256];
-    double dense[256], lse, worst = 0;
+    uint32_t G = s->n_q_heads / s->n_kv_heads, n = (uint32_t)position + 1;
+    static float q[64 * 256], row[64 * 256];
+    double *logit = malloc((size_t)n * s->n_q_heads * sizeof *logit), worst = 0;
+    double *dense = calloc((size_t)s->n_q_heads * s->v_width, sizeof *dense);
+    double *largest = malloc(s->n_q_heads * sizeof *largest),
+           *sum = calloc(s->n_q_heads, sizeof *sum);
     bed_rows(model, BED_Q, layer, position, s->n_q_heads, s->k_width, q);
+    for (uint32_t h = 0; h < s->n_q_heads; h++)
+        largest[h] = -INFINITY;
+    for (uint32_t t = 0; t < n; t++) {
+        bed_rows(model, BED_K, layer, t, s->n_kv_heads, s->k_width, row);
+        for (uint32_t h = 0; h < s->n_q_heads; h++) {
+            double dot = 0;
+            for (uint32_t i = 0; i < s->k_width; i++)
+                dot +=
+                    (double)q[h * s->k_width + i] * bed_at_rest(model, row[h / G * s->k_width + i]);
+            logit[(size_t)t * s->n_q_heads + h] = dot * (double)s->softmax_scale;
+            largest[h] = fmax(largest[h], dot * (double)s->softmax_scale);
+        }
+    }
+    for (uint32_t t = 0; t < n; t++) {
+        bed_rows(model, BED_V, layer, t, s->n_kv_heads, s->v_width, row);
+        for (uint32_t h = 0; h < s->n_q_heads; h++) {
+            double p = exp(logit[(size_t)t * s->n_q_heads + h] - largest[h]);
+            sum[h] += p;
+            for (uint32_t i = 0; i < s->v_width; i++)
+                dense[h * s->v_width + i] += p * bed_at_rest(model, row[h / G * s->v_width + i]);
+        }
+    }
     for (uint32_t h = 0; h < s->n_q_heads; h++) {
         double d2 = 0, n2 = 0;
-        bed_oracle(model, layer, position, q, h, dense, &lse);
         for (uint32_t i = 0; i < s->v_width; i++) {
-            double d = (double)out[h * s->v_width + i] - dense[i];
+            double one = dense[h * s->v_width + i] / sum[h],
+                   d = (double)out[h * s->v_width + i] - one;
             d2 += d * d;
-            n2 += dense[i] * dense[i];
+            n2 += one * one;
         }
         worst = fmax(worst, sqrt(d2 / n2));
     }
+    free(logit), free(dense), free(largest), free(sum);
     return worst;
 }

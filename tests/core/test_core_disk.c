@@ -50,7 +50,9 @@ static void outcome_of(const struct bed_options *options, struct outcome *outcom
     *outcome = (struct outcome){0};
     uint64_t id = bed_open(&bed, &model, &(struct winnow_session_options){0});
     for (uint64_t first = 0; first < 3072; first += 256)
-        CHECK_EQ(bed_window(&bed, &model, id, 1, first, 256, NULL), 0);
+        CHECK_EQ(first % 1024 ? bed_append(&bed, &model, id, 1, first, 256)
+                              : bed_window(&bed, &model, id, 1, first, 256, NULL),
+                 0);
     for (int i = 0; i < 12; i++)
         for (uint32_t layer = 0; layer < 16; layer++) {
             struct winnow_request step;
@@ -118,7 +120,7 @@ static void test_disk__flipped_byte_is_lost_then_mended(void)
                                          .disk_cap_bytes = 512 << 20});
     uint64_t id = bed_open(&bed, &model, &(struct winnow_session_options){0});
     for (uint64_t first = 0; first < 3072; first += 256)
-        CHECK_EQ(bed_window(&bed, &model, id, 1, first, 256, NULL), 0);
+        CHECK_EQ(bed_append(&bed, &model, id, 1, first, 256), 0);
     snprintf(path, sizeof path, "%s/data/00000000.dat", dir);
     int fd = open(path, O_RDWR);
     CHECK(fd >= 0);

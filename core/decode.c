@@ -549,15 +549,9 @@ static bool advance_once(struct winnow_core *core, struct winnow_session *sessio
             score_begin(core, session);
             return op->failure == 0 && op->state == WINNOW_OP_SCORE;
         }
-        if (session->layer[layer].seal_state != WINNOW_SEAL_BUILT ||
-            winnow_seal_permute(core, session, layer) < 0)
-            return false;
-        op->state = WINNOW_OP_PERMUTE;
-        return true;
-    case WINNOW_OP_PERMUTE:
-        winnow_seal_publish(core, session, layer);
-        op->state = WINNOW_OP_BUILD;
-        return true;
+        if (session->layer[layer].seal_state == WINNOW_SEAL_BUILT)
+            winnow_seal_permute(core, session, layer);
+        return false;
     case WINNOW_OP_SCORE: {
         bool tactic = op->policy == WINNOW_POLICY_TACTIC && !op->whole;
         winnow_plan_begin(session, tactic ? 3 : 1, !tactic);

@@ -152,13 +152,29 @@ static int span_own(struct winnow_core *core, struct winnow_session *session, ui
     return 0;
 }
 
-int winnow_seal_permute(struct winnow_core *core, struct winnow_session *session, uint32_t layer)
+/* Half a span in the builder's order is neither tail nor segment: the last item's end publishes,
+ * even when its op has failed meanwhile. */
+static void permute_done(struct winnow_core *core, struct winnow_item *item)
+{
+    struct winnow_session *session = item->session;
+    struct winnow_session_layer *state = &session->layer[item->layer];
+    winnow_item_done(core, item);
+    winnow_assert(state->seal_state == WINNOW_SEAL_PERMUTING && state->n_builds > 0);
+    if (--state->n_builds > 0)
+        return;
+    winnow_context_seal(session->context, item->layer);
+    state->seal_state = WINNOW_SEAL_NONE;
+    winnow_spill_queue(core, item->segment, item->layer);
+}
+
+void winnow_seal_permute(struct winnow_core *core, struct winnow_session *session, uint32_t layer)
 {
     struct winnow_context *context = session->context;
+    struct winnow_session_layer *state = &session->layer[layer];
     uint32_t n_heads = context->shape.n_kv_heads;
-    winnow_assert(session->layer[layer].seal_state == WINNOW_SEAL_BUILT);
+    winnow_assert(state->seal_state == WINNOW_SEAL_BUILT);
     if (winnow_pool_size(core->items) - winnow_pool_used(core->items) < n_heads)
-        return -EAGAIN;
+        return;
     if (span_own(core, session, layer) < 0) {
         winnow_spill_pump(core, true);
         if (winnow_core_is_stuck(core))
@@ -166,27 +182,18 @@ int winnow_seal_permute(struct winnow_core *core, struct winnow_session *session
                            "no slots to seal layer %u: host_pool %llu MiB. hint: a larger "
                            "host_pool, fewer forks",
                            layer, (unsigned long long)(core->options.host_pool_bytes >> 20));
-        return -EAGAIN;
+        return;
     }
+    state->seal_state = WINNOW_SEAL_PERMUTING;
     for (uint32_t head = 0; head < n_heads; head++) {
         struct winnow_item *item = winnow_item_take(core, session);
         item->layer = layer;
         item->head = head;
         item->segment = context->segment[context->layer[layer].n_segments];
+        state->n_builds++;
         session->op.n_items++;
-        winnow_item_submit(core, item, WINNOW_LANE_DECODE, permute_run, winnow_item_done);
+        winnow_item_submit(core, item, WINNOW_LANE_DECODE, permute_run, permute_done);
     }
-    return 0;
-}
-
-void winnow_seal_publish(struct winnow_core *core, struct winnow_session *session, uint32_t layer)
-{
-    struct winnow_context *context = session->context;
-    struct winnow_segment *segment = context->segment[context->layer[layer].n_segments];
-    winnow_context_seal(context, layer);
-    session->layer[layer].seal_state = WINNOW_SEAL_NONE;
-    winnow_spill_queue(core, segment, layer);
-    core->progress = true;
 }
 
 void winnow_seal_forget(struct winnow_session *session, uint32_t layer)

@@ -157,7 +157,6 @@ enum winnow_op_state {
     WINNOW_OP_ROOM, /* waits for slots of its tokens */
     WINNOW_OP_CONVERT,
     WINNOW_OP_BUILD,
-    WINNOW_OP_PERMUTE,
     WINNOW_OP_SCORE,
     WINNOW_OP_PROBE,
     WINNOW_OP_SELECT,
@@ -178,7 +177,7 @@ struct winnow_op {
     uint32_t state;
     uint32_t n_items, n_loads; /* running, outstanding */
     int failure;
-    bool cancelled, permuting;
+    bool cancelled;
     int64_t arrived_ns; /* its request did */
     uint32_t layer;
 
@@ -202,11 +201,16 @@ struct winnow_op {
     uint32_t chunk_head, chunk_block; /* truncate: what the chunk begins with */
 };
 
-enum winnow_seal_state { WINNOW_SEAL_NONE, WINNOW_SEAL_BUILDING, WINNOW_SEAL_BUILT };
+enum winnow_seal_state {
+    WINNOW_SEAL_NONE,
+    WINNOW_SEAL_BUILDING,
+    WINNOW_SEAL_BUILT,
+    WINNOW_SEAL_PERMUTING
+};
 
 struct winnow_session_layer {
     uint8_t seal_state; /* of span n_segments */
-    uint32_t n_builds;  /* items running */
+    uint32_t n_builds;  /* items running: it is built or permuted */
     uint64_t last_seq;
 };
 
@@ -333,10 +337,9 @@ void winnow_chunk_release(struct winnow_core *core, struct winnow_session *sessi
 /* Starts the build of the layer's due span if there is one and none runs. 0; -EDQUOT. */
 int winnow_seal_start(struct winnow_core *core, struct winnow_session *session, uint32_t layer,
                       uint32_t lane);
-/* Built: repacks its blocks (items of the op). 0: under way; -EAGAIN: no slots now. */
-int winnow_seal_permute(struct winnow_core *core, struct winnow_session *session, uint32_t layer);
-/* Repacked: in force. */
-void winnow_seal_publish(struct winnow_core *core, struct winnow_session *session, uint32_t layer);
+/* Built: repacks its blocks (items of the op); with the last of them it is in force, whatever
+ * becomes of the op. Nothing is begun when there are no items or slots now. */
+void winnow_seal_permute(struct winnow_core *core, struct winnow_session *session, uint32_t layer);
 /* A built span that lost its tokens is forgotten. No build of the layer may run. */
 void winnow_seal_forget(struct winnow_session *session, uint32_t layer);
 bool winnow_seal_due(const struct winnow_session *session, uint32_t layer, uint32_t n_beyond);

@@ -391,17 +391,13 @@ static bool seal_advance(struct winnow_core *core, struct winnow_session *sessio
     uint8_t seal_state = session->layer[op->layer].seal_state;
     if (!winnow_seal_due(session, op->layer, WINNOW_RECENT_TOKENS))
         return true;
-    if (op->permuting) {
-        op->permuting = false;
-        winnow_seal_publish(core, session, op->layer);
-    } else if (seal_state == WINNOW_SEAL_NONE) {
+    if (seal_state == WINNOW_SEAL_NONE) {
         if (winnow_seal_start(core, session, op->layer, WINNOW_LANE_EXACT) < 0)
             winnow_op_fail(op, -EDQUOT,
                            "index_memory is full: layer %u. hint: a larger index_memory",
                            op->layer);
-    } else if (seal_state == WINNOW_SEAL_BUILT &&
-               winnow_seal_permute(core, session, op->layer) == 0) {
-        op->permuting = true;
+    } else if (seal_state == WINNOW_SEAL_BUILT) {
+        winnow_seal_permute(core, session, op->layer);
     }
     return false;
 }
@@ -418,7 +414,7 @@ static bool advance_once(struct winnow_core *core, struct winnow_session *sessio
         return true;
     case WINNOW_OP_ROOM:
         if (!seal_advance(core, session))
-            return op->failure == 0 && op->permuting;
+            return false;
         if (!room_take(core, session))
             return false;
         op->at = 0;
@@ -452,7 +448,7 @@ static bool advance_once(struct winnow_core *core, struct winnow_session *sessio
         return true;
     case WINNOW_OP_SEAL:
         if (!seal_advance(core, session))
-            return op->failure == 0 && op->permuting;
+            return false;
         winnow_op_end(core, session);
         return false;
     default:

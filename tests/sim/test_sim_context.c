@@ -1,0 +1,59 @@
+/* Sealing, forks and truncates that something comes between: what a context holds stays its own. */
+#include "text.h"
+
+static float out[8 * 256];
+static struct sim_text text;
+
+static void bytes_check(const struct sim_text *of)
+{
+    const struct winnow_core *core = of->world->core;
+    const struct winnow_session *session = sim_session(core, of->id);
+    for (uint32_t layer = 0; layer < of->model.shape.n_layers; layer++)
+        for (uint32_t head = 0; head < of->model.shape.n_kv_heads; head++)
+            sim_bytes_check(&of->model, core, session, layer, head, of->token);
+}
+
+/* A step that is cancelled while its span comes into force leaves it a span or a segment, nothing
+ * between; truncated inside it, the context has the tokens in their places. */
+static void test_context__cancelled_step_leaves_whole_spans(void)
+{
+    static struct sim_step step;
+    struct winnow_model_shape shape = sim_shape(1, 2, 1, 64, WINNOW_FP16);
+    for (uint32_t n_before = 0; n_before < 60; n_before++) {
+        struct sim_world world;
+        struct sim_options options = {
+            .seed = test_seed() + n_before, .shuffled = true, .lazy = 0.9};
+        bool done = false;
+        sim_world_init(&world, &options);
+        sim_text_init(&text, &world, &shape, test_seed());
+        CHECK_EQ(sim_text_open(&text, NULL), 0);
+        CHECK_EQ(sim_text_fill(&text, 0, 16 + 128 + 63, 1000), 0);
+        for (uint64_t position = 16 + 128 + 63; position < 16 + 128 + 95; position++)
+            CHECK_EQ(sim_text_step(&text, 0, position, 1, out), 0);
+        sim_text_step_make(&text, &step, 0, 16 + 128 + 95, 1, out);
+        step.request.done = sim_request_done;
+        step.request.user = &done;
+        CHECK_EQ(sim_world_submit(&world, &step.request), 0);
+        for (uint32_t i = 0; i < n_before && !done; i++)
+            sim_world_step(&world, WINNOW_NEVER_NS);
+        if (!done)
+            sim_world_cancel(&world, &step.request);
+        sim_world_settle(&world);
+        CHECK(done);
+        bytes_check(&text);
+        sim_memory_check(world.core);
+        uint64_t held = step.request.n_held;
+        CHECK_EQ(sim_text_step(&text, 0, held, 1, out), 0);
+        CHECK(sim_text_error(&text, 0, held, out) < 2e-3);
+        CHECK_EQ(sim_text_truncate(&text, 16 + 77), 0);
+        bytes_check(&text);
+        sim_world_finish(&world);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    TEST_INIT(argc, argv);
+    TEST_RUN(test_context__cancelled_step_leaves_whole_spans);
+    return TEST_END();
+}

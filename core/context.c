@@ -117,21 +117,45 @@ static uint32_t blocks_for(const struct winnow_context *context, uint32_t layer,
     return winnow_context_block_of(context, layer, held - 1) + 1;
 }
 
-uint32_t winnow_context_blocks_needed(const struct winnow_context *context, uint32_t layer,
-                                      uint32_t n_tokens)
+int winnow_context_own(struct winnow_context *context, uint32_t layer, uint32_t head,
+                       uint32_t block_idx, uint64_t keep_bytes)
 {
-    uint64_t held = context->layer[layer].held + n_tokens;
-    uint32_t n_after = blocks_for(context, layer, held);
-    winnow_assert(n_after <= context->n_blocks_max);
-    return n_after > context->layer[layer].n_blocks ? n_after - context->layer[layer].n_blocks : 0;
+    struct winnow_arena *arena = context->tiers->arena;
+    uint32_t block_bytes = winnow_block_bytes(&context->shape), own;
+    uint32_t *slot = winnow_context_slot(context, layer, head, block_idx);
+    if (winnow_arena_holders(arena, *slot) == 1)
+        return 0;
+    if (winnow_arena_take(arena, block_bytes, 1, &own, keep_bytes) < 0)
+        return -EAGAIN;
+    memcpy(winnow_arena_data(arena, own), winnow_arena_data(arena, *slot), block_bytes);
+    winnow_arena_release(arena, *slot);
+    *slot = own;
+    return 0;
+}
+
+/* The last block of every KV head, when tokens will join it. */
+static int last_own(struct winnow_context *context, uint32_t layer, uint64_t keep_bytes)
+{
+    uint64_t held = context->layer[layer].held;
+    if (held % WINNOW_BLOCK_TOKENS == 0)
+        return 0;
+    uint32_t block_idx = winnow_context_block_of(context, layer, held);
+    for (uint32_t head = 0; head < context->shape.n_kv_heads; head++)
+        if (winnow_context_own(context, layer, head, block_idx, keep_bytes) < 0)
+            return -EAGAIN;
+    return 0;
 }
 
 int winnow_context_grow(struct winnow_context *context, uint32_t layer, uint32_t n_tokens,
                         uint64_t keep_bytes)
 {
     struct winnow_context_layer *state = &context->layer[layer];
-    uint32_t n_new = winnow_context_blocks_needed(context, layer, n_tokens);
+    uint32_t n_after = blocks_for(context, layer, state->held + n_tokens);
+    winnow_assert(n_after <= context->n_blocks_max);
+    uint32_t n_new = n_after > state->n_blocks ? n_after - state->n_blocks : 0;
     uint32_t block_bytes = winnow_block_bytes(&context->shape);
+    if (last_own(context, layer, keep_bytes) < 0)
+        return -EAGAIN;
     for (uint32_t head = 0; n_new && head < context->shape.n_kv_heads; head++) {
         uint32_t *slot = winnow_context_slot(context, layer, head, state->n_blocks);
         if (winnow_arena_take(context->tiers->arena, block_bytes, n_new, slot, keep_bytes) == 0)

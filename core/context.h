@@ -6,8 +6,9 @@
  *   tokens  [0, sinks) | segment 0 | segment 1 | ... | tail          (sinks + k S: segment k)
  *   resident block i starts at position 16 i, and past the sinks at 16 i + n_segments x S
  *
- * Full resident blocks may be shared with forks (their slots have several holders) and are never
- * written again; the last, part-filled one is this context's own.
+ * Full resident blocks may be shared with forks (their slots have several holders). A block is
+ * written while this context alone holds it: before tokens join the last, part-filled one, and
+ * before a span is repacked, what is shared is copied (a truncate may have cut a shared block).
  *
  * Thread: owner; work items write into blocks beyond `held`, which nobody reads.
  */
@@ -43,10 +44,11 @@ void winnow_context_destroy(struct winnow_context *context); /* NULL is fine */
 uint64_t winnow_context_held(const struct winnow_context *context);
 uint64_t winnow_context_sealed(const struct winnow_context *context);
 
-/* Resident blocks a KV head that n more tokens of the layer need beyond those there. */
-uint32_t winnow_context_blocks_needed(const struct winnow_context *context, uint32_t layer,
-                                      uint32_t n_tokens);
-/* Takes them for every KV head. 0; -EAGAIN: no room now. keep_bytes: winnow_arena_take. */
+/* Makes a resident block that forks share this context's own, by copy. 0; -EAGAIN: no room now. */
+int winnow_context_own(struct winnow_context *context, uint32_t layer, uint32_t head,
+                       uint32_t block_idx, uint64_t keep_bytes);
+/* Takes resident blocks for n more tokens, every KV head; a part-filled last block becomes the
+ * context's own. 0; -EAGAIN: no room now. keep_bytes: winnow_arena_take. */
 int winnow_context_grow(struct winnow_context *context, uint32_t layer, uint32_t n_tokens,
                         uint64_t keep_bytes);
 /* Gives back resident blocks beyond what n_held tokens need. */

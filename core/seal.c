@@ -130,25 +130,16 @@ static void permute_run(struct winnow_work *work, uint32_t worker_idx)
     }
 }
 
-/* Slots shared with a fork are copied: the other context keeps its tail. 0; -EAGAIN. */
+/* What forks share of the span is copied: they keep their tails. 0; -EAGAIN. */
 static int span_own(struct winnow_core *core, struct winnow_session *session, uint32_t layer)
 {
     struct winnow_context *context = session->context;
     uint32_t n_span = context->segment_tokens / WINNOW_BLOCK_TOKENS;
-    uint32_t block_bytes = winnow_block_bytes(&context->shape);
     for (uint32_t head = 0; head < context->shape.n_kv_heads; head++)
-        for (uint32_t i = 0; i < n_span; i++) {
-            uint32_t *slot = winnow_context_slot(context, layer, head, span_first(context) + i),
-                     own;
-            if (winnow_arena_holders(core->tiers.arena, *slot) == 1)
-                continue;
-            if (winnow_arena_take(core->tiers.arena, block_bytes, 1, &own, core->keep_bytes) < 0)
+        for (uint32_t i = 0; i < n_span; i++)
+            if (winnow_context_own(context, layer, head, span_first(context) + i,
+                                   core->keep_bytes) < 0)
                 return -EAGAIN;
-            memcpy(winnow_arena_data(core->tiers.arena, own),
-                   winnow_arena_data(core->tiers.arena, *slot), block_bytes);
-            winnow_arena_release(core->tiers.arena, *slot);
-            *slot = own;
-        }
     return 0;
 }
 

@@ -2,7 +2,7 @@
 #include "text.h"
 
 static float out[8 * 256];
-static struct sim_text text;
+static struct sim_text text, forked;
 
 static void bytes_check(const struct sim_text *of)
 {
@@ -51,9 +51,32 @@ static void test_context__cancelled_step_leaves_whole_spans(void)
     }
 }
 
+/* Cut inside a block that a fork shares, a context goes on in a copy: the other's tokens stay. */
+static void test_context__shared_block_is_cut_by_one_alone(void)
+{
+    struct winnow_model_shape shape = sim_shape(2, 2, 1, 64, WINNOW_FP16);
+    struct sim_world world;
+    struct sim_options options = {.seed = test_seed()};
+    sim_world_init(&world, &options);
+    sim_text_init(&text, &world, &shape, test_seed());
+    CHECK_EQ(sim_text_open(&text, NULL), 0);
+    CHECK_EQ(sim_text_fill(&text, 0, 100, 1000), 0);
+    CHECK_EQ(sim_text_fork(&text, &forked), 0);
+    CHECK_EQ(sim_text_truncate(&forked, 85), 0);
+    for (uint32_t i = 85; i < 200; i++)
+        forked.token[i] ^= 1 << 20;
+    CHECK_EQ(sim_text_step(&forked, 0, 85, 1, out), 0);
+    CHECK_EQ(sim_text_window(&forked, 1, 85, 115, NULL), 0);
+    bytes_check(&text);
+    bytes_check(&forked);
+    sim_memory_check(world.core);
+    sim_world_finish(&world);
+}
+
 int main(int argc, char **argv)
 {
     TEST_INIT(argc, argv);
     TEST_RUN(test_context__cancelled_step_leaves_whole_spans);
+    TEST_RUN(test_context__shared_block_is_cut_by_one_alone);
     return TEST_END();
 }

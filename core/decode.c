@@ -1,8 +1,8 @@
 // One decode step of one layer, top to bottom:
 //
 //   BEGIN   checks; q, k, v to fp32
-//   ROOM    append: the token joins the tail                     (waits for slots)
 //   BUILD   a span that is due comes into force: seal.c          (waits for its build)
+//           append: the token joins the tail                     (waits for slots)
 //   SCORE   resident blocks attended, blocks scored, selected    an item a KV head
 //   PROBE   policy tactic: exact masses of samples, then SELECT
 //   READ    groups of eight: plan.c fills, items attend, partials join in list order
@@ -31,7 +31,7 @@ static void partial_clear(const struct winnow_model_shape *shape, float *partial
         partial[g * stride] = -INFINITY;
 }
 
-// --- BEGIN, ROOM --------------------------------------------------------------------------------
+// --- BEGIN --------------------------------------------------------------------------------------
 
 static bool is_repeat(const struct winnow_session *session, const struct winnow_request *request)
 {
@@ -58,13 +58,13 @@ static void begin_check(struct winnow_core *core, struct winnow_session *session
     }
     op->layer = request->attend.layer;
     uint64_t held = context->layer[op->layer].held;
-    op->appended = is_repeat(session, request);
-    if (!op->appended && request->attend.position != held)
+    op->appended = is_repeat(session, request) || !(request->attend.flags & WINNOW_ITEM_HAS_KV);
+    if (!is_repeat(session, request) && request->attend.position != held)
         winnow_op_fail(op, -EINVAL,
                        "layer %u holds %llu tokens, the item says %llu. hint: resend from %llu",
                        op->layer, (unsigned long long)held,
                        (unsigned long long)request->attend.position, (unsigned long long)held);
-    if (held >= core->options.n_tokens_max)
+    if (!op->appended && held >= core->options.n_tokens_max)
         winnow_op_fail(op, -EDQUOT,
                        "the context holds %llu tokens, all it may. hint: a larger context limit",
                        (unsigned long long)held);
@@ -277,6 +277,37 @@ static void score_begin(struct winnow_core *core, struct winnow_session *session
     exact_choose(core, session);
     if (heads_submit(core, session, score_run))
         op->state = WINNOW_OP_SCORE;
+}
+
+// --- BUILD --------------------------------------------------------------------------------------
+
+/* What is due is in force before the token joins, and again after: where the index has no room for
+ * a span, no step appends more than the token that made it due. */
+static bool build_advance(struct winnow_core *core, struct winnow_session *session)
+{
+    struct winnow_op *op = &session->op;
+    uint32_t layer = op->layer;
+    if (winnow_seal_due(session, layer, WINNOW_RECENT_TOKENS)) {
+        int rc = winnow_seal_start(core, session, layer, WINNOW_LANE_BUILD);
+        if (rc < 0 && winnow_seal_due(session, layer, WINNOW_SEAL_TOKENS)) {
+            winnow_op_fail(op, -EDQUOT,
+                           "index_memory %llu MiB is full: layer %u. hint: a larger "
+                           "index_memory, fewer sessions",
+                           (unsigned long long)(core->options.index_memory_bytes >> 20), layer);
+            return false;
+        }
+    }
+    if (winnow_seal_due(session, layer, WINNOW_SEAL_TOKENS)) {
+        if (session->layer[layer].seal_state == WINNOW_SEAL_BUILT)
+            winnow_seal_permute(core, session, layer);
+        return false;
+    }
+    if (!op->appended) {
+        op->appended = token_append(core, session);
+        return op->appended;
+    }
+    score_begin(core, session);
+    return op->state == WINNOW_OP_SCORE;
 }
 
 // --- READ ---------------------------------------------------------------------------------------
@@ -517,41 +548,17 @@ static void strict_begin(struct winnow_session *session)
 static bool advance_once(struct winnow_core *core, struct winnow_session *session)
 {
     struct winnow_op *op = &session->op;
-    uint32_t layer = op->layer;
     switch (op->state) {
     case WINNOW_OP_BEGIN:
         begin_check(core, session);
-        layer = op->layer;
         if (op->failure == 0 && winnow_run_prepare(core, op->run, session, 0) < 0)
             winnow_op_fail(op, -EDQUOT,
                            "index_memory has no room for a step. hint: a larger index_memory");
         if (op->failure == 0 && query_convert(core, session) == 0)
-            op->state = WINNOW_OP_ROOM;
+            op->state = WINNOW_OP_BUILD;
         return op->failure == 0;
-    case WINNOW_OP_ROOM:
-        if ((op->request->attend.flags & WINNOW_ITEM_HAS_KV) && !op->appended &&
-            !token_append(core, session))
-            return false;
-        op->state = WINNOW_OP_BUILD;
-        return true;
     case WINNOW_OP_BUILD:
-        if (winnow_seal_due(session, layer, WINNOW_RECENT_TOKENS)) {
-            int rc = winnow_seal_start(core, session, layer, WINNOW_LANE_BUILD);
-            if (rc < 0 && winnow_seal_due(session, layer, WINNOW_SEAL_TOKENS))
-                winnow_op_fail(op, -EDQUOT,
-                               "index_memory %llu MiB is full: layer %u. hint: a larger "
-                               "index_memory, fewer sessions",
-                               (unsigned long long)(core->options.index_memory_bytes >> 20), layer);
-        }
-        if (op->failure < 0)
-            return false;
-        if (!winnow_seal_due(session, layer, WINNOW_SEAL_TOKENS)) {
-            score_begin(core, session);
-            return op->failure == 0 && op->state == WINNOW_OP_SCORE;
-        }
-        if (session->layer[layer].seal_state == WINNOW_SEAL_BUILT)
-            winnow_seal_permute(core, session, layer);
-        return false;
+        return build_advance(core, session);
     case WINNOW_OP_SCORE: {
         bool tactic = op->policy == WINNOW_POLICY_TACTIC && !op->whole;
         winnow_plan_begin(session, tactic ? 3 : 1, !tactic);

@@ -73,10 +73,40 @@ static void test_context__shared_block_is_cut_by_one_alone(void)
     sim_world_finish(&world);
 }
 
+/* While the index has no room for a span, steps are refused and the tail does not grow. */
+static void test_context__full_index_stops_the_tail(void)
+{
+    struct winnow_model_shape shape = sim_shape(1, 2, 1, 64, WINNOW_FP16);
+    struct sim_world world;
+    struct sim_options options = {.seed = test_seed(), .index_memory_bytes = 128 << 10};
+    sim_world_init(&world, &options);
+    sim_text_init(&text, &world, &shape, test_seed());
+    CHECK_EQ(sim_text_open(&text, NULL), 0);
+    int rc = 0;
+    uint64_t position = 0;
+    for (; rc == 0; position++) {
+        text.seq = position + 1;
+        rc = sim_text_step(&text, 0, position, 1, out);
+    }
+    CHECK_EQ(rc, -EDQUOT);
+    CHECK_EQ(text.last.n_held, position);
+    CHECK_EQ((position - 16 - 96) % 128, 0);
+    for (uint32_t i = 0; i < 5000; i++) { /* whatever an engine tries */
+        text.seq = position + 1;
+        CHECK_EQ(sim_text_step(&text, 0, position, 1, out), -EDQUOT);
+        CHECK_EQ(text.last.n_held, position);
+    }
+    CHECK_EQ(sim_text_truncate(&text, 100), 0);
+    CHECK_EQ(sim_text_step(&text, 0, 100, 1, out), 0);
+    CHECK(sim_text_error(&text, 0, 100, out) < 2e-3);
+    sim_world_finish(&world);
+}
+
 int main(int argc, char **argv)
 {
     TEST_INIT(argc, argv);
     TEST_RUN(test_context__cancelled_step_leaves_whole_spans);
     TEST_RUN(test_context__shared_block_is_cut_by_one_alone);
+    TEST_RUN(test_context__full_index_stops_the_tail);
     return TEST_END();
 }

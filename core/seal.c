@@ -14,7 +14,16 @@
 bool winnow_seal_due(const struct winnow_session *session, uint32_t layer, uint32_t n_beyond)
 {
     const struct winnow_context *context = session->context;
-    return context->layer[layer].held >= winnow_context_span_end(context, layer) + n_beyond;
+    uint64_t end = winnow_context_span_end(context, layer);
+    return context->layer[layer].held >= end + n_beyond || end <= session->layer[layer].sealed_to;
+}
+
+void winnow_seal_owe(struct winnow_session *session, uint32_t layer)
+{
+    uint64_t held = session->context->layer[layer].held;
+    uint64_t *sealed_to = &session->layer[layer].sealed_to;
+    if (held >= *sealed_to + WINNOW_RECENT_TOKENS)
+        *sealed_to = held - WINNOW_RECENT_TOKENS;
 }
 
 static uint32_t span_first(const struct winnow_context *context)

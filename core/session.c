@@ -234,6 +234,8 @@ int winnow_fork(struct winnow_core *core, struct winnow_session *session,
     size_t n_heads = (size_t)session->context->shape.n_layers * session->context->shape.n_kv_heads;
     memcpy(fork->heavy, session->heavy, n_heads * sizeof *fork->heavy);
     fork->n_heavy = session->n_heavy;
+    for (uint32_t layer = 0; layer < session->context->shape.n_layers; layer++)
+        fork->layer[layer].sealed_to = session->layer[layer].sealed_to;
     memcpy(fork->label, session->label, sizeof fork->label);
     request->fork.ret_session_id = fork->id;
     request->epoch = fork->epoch;

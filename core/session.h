@@ -211,6 +211,7 @@ enum winnow_seal_state {
 struct winnow_session_layer {
     uint8_t seal_state; /* of span n_segments */
     uint32_t n_builds;  /* items running: it is built or permuted */
+    uint64_t sealed_to; /* spans that end by here are in force for the layer's next call */
     uint64_t last_seq;
 };
 
@@ -342,7 +343,10 @@ int winnow_seal_start(struct winnow_core *core, struct winnow_session *session, 
 void winnow_seal_permute(struct winnow_core *core, struct winnow_session *session, uint32_t layer);
 /* A built span that lost its tokens is forgotten. No build of the layer may run. */
 void winnow_seal_forget(struct winnow_session *session, uint32_t layer);
+/* The layer's next span must be in force: it holds n_beyond tokens more, or a window made it due. */
 bool winnow_seal_due(const struct winnow_session *session, uint32_t layer, uint32_t n_beyond);
+/* A window has joined: what it made due is in force for the next call, whatever fails meanwhile. */
+void winnow_seal_owe(struct winnow_session *session, uint32_t layer);
 
 /* --- spill.c --- */
 void winnow_spill_queue(struct winnow_core *core, struct winnow_segment *segment, uint32_t layer);

@@ -142,8 +142,11 @@ static void commit(struct winnow_core *core, struct winnow_session *session)
     op->layer = 0;
     session->epoch++;
     op->request->epoch = session->epoch;
-    for (uint32_t layer = 0; layer < context->shape.n_layers; layer++)
+    for (uint32_t layer = 0; layer < context->shape.n_layers; layer++) {
         session->layer[layer].last_seq = 0;
+        if (session->layer[layer].sealed_to > n_tokens)
+            session->layer[layer].sealed_to = n_tokens;
+    }
     core->tiers.spill_refused = false;
     winnow_op_end(core, session);
 }

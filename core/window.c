@@ -424,6 +424,7 @@ static bool advance_once(struct winnow_core *core, struct winnow_session *sessio
         if (!convert_submit(core, session) || op->n_items > 0)
             return false;
         session->context->layer[op->layer].held += window_tokens(op->request);
+        winnow_seal_owe(session, op->layer);
         op->at = window_first(op->request);
         if (op->request->kind == WINNOW_REQUEST_EXACT) {
             pass_begin(session);

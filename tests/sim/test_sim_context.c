@@ -102,11 +102,54 @@ static void test_context__full_index_stops_the_tail(void)
     sim_world_finish(&world);
 }
 
+/* A window that could not be sealed is sealed before the next call, by whoever makes it: what that
+ * call answers does not tell when there was room. */
+static void test_context__owed_span_is_in_force_for_the_next_call(void)
+{
+    struct winnow_model_shape shape = sim_shape(1, 2, 1, 64, WINNOW_FP16);
+    struct sim_world world;
+    struct sim_options options = {.seed = test_seed(), .index_memory_bytes = 512 << 10};
+    sim_world_init(&world, &options);
+    sim_text_init(&text, &world, &shape, test_seed());
+    CHECK_EQ(sim_text_open(&text, NULL), 0);
+    struct winnow_index_memory *index = world.core->tiers.index;
+    CHECK_EQ(sim_text_fill(&text, 0, 200, 200), 0);
+    static float row[10 * 2 * 64];
+    struct winnow_request window = {.kind = WINNOW_REQUEST_APPEND,
+                                    .session_id = text.id,
+                                    .epoch = text.epoch,
+                                    .deadline_ns = WINNOW_NEVER_NS,
+                                    .append = {.n_tokens = 10, .first = 200, .k = row, .v = row}};
+    bool done = false;
+    window.done = sim_request_done;
+    window.user = &done;
+    world.options.shuffled = true;
+    world.options.lazy = 1;
+    CHECK_EQ(sim_world_submit(&world, &window), 0);
+    while (!world.core->n_items_out)
+        sim_world_step(&world, WINNOW_NEVER_NS);
+    void *taken[129]; /* the window has passed its check; another session is faster */
+    uint32_t n = 0;
+    while ((taken[n] = winnow_index_memory_take(index, 4096)))
+        n++;
+    sim_world_settle(&world);
+    CHECK(done && window.status == 0);
+    CHECK_EQ(sim_session(world.core, text.id)->context->layer[0].n_segments, 0);
+    CHECK_EQ(sim_text_step(&text, 0, 210, 1, out), -EDQUOT);
+    CHECK_EQ(text.last.n_held, 210);
+    while (n > 0)
+        winnow_index_memory_give(index, taken[--n], 4096);
+    CHECK_EQ(sim_text_step(&text, 0, 210, 1, out), 0);
+    CHECK_EQ(sim_session(world.core, text.id)->context->layer[0].n_segments, 1);
+    sim_world_finish(&world);
+}
+
 int main(int argc, char **argv)
 {
     TEST_INIT(argc, argv);
     TEST_RUN(test_context__cancelled_step_leaves_whole_spans);
     TEST_RUN(test_context__shared_block_is_cut_by_one_alone);
     TEST_RUN(test_context__full_index_stops_the_tail);
+    TEST_RUN(test_context__owed_span_is_in_force_for_the_next_call);
     return TEST_END();
 }

@@ -165,14 +165,53 @@ static struct winnow_session *session_find(struct winnow_core *core, uint64_t se
     return session;
 }
 
+/* Tokens held where the request points: of its layer, or of every layer. */
+static uint64_t request_held(const struct winnow_session *session,
+                             const struct winnow_request *request)
+{
+    const struct winnow_context *context = session->context;
+    uint32_t layer = request->kind == WINNOW_REQUEST_ATTEND   ? request->attend.layer
+                     : request->kind == WINNOW_REQUEST_APPEND ? request->append.layer
+                     : request->kind == WINNOW_REQUEST_EXACT  ? request->exact.layer
+                                                              : UINT32_MAX;
+    return layer < context->shape.n_layers ? context->layer[layer].held
+                                           : winnow_context_held(context);
+}
+
+static void queue_leave(struct winnow_session *session, struct winnow_request **at)
+{
+    struct winnow_request *request = *at;
+    *at = request->next;
+    if (session->queue_last == &request->next)
+        session->queue_last = at;
+}
+
+/* Ends what waits behind another request and is late. Returns the nearest deadline of the rest. */
+static int64_t queue_expire(struct winnow_core *core, struct winnow_session *session)
+{
+    int64_t next_ns = WINNOW_NEVER_NS;
+    for (struct winnow_request **at = &session->queue_first; *at;) {
+        struct winnow_request *request = *at;
+        if (request->deadline_ns > core->now_ns) {
+            next_ns = request->deadline_ns < next_ns ? request->deadline_ns : next_ns;
+            at = &request->next;
+            continue;
+        }
+        queue_leave(session, at);
+        request->n_held = request_held(session, request);
+        request_fail(
+            core, request, -ETIMEDOUT,
+            "the deadline passed behind the session's other requests. hint: one at a time");
+    }
+    return next_ns;
+}
+
 static void op_start_next(struct winnow_core *core, struct winnow_session *session)
 {
     struct winnow_request *request = session->queue_first;
     if (!request || session->op.state != WINNOW_OP_NONE)
         return;
-    session->queue_first = request->next;
-    if (!session->queue_first)
-        session->queue_last = &session->queue_first;
+    queue_leave(session, &session->queue_first);
     session->op = (struct winnow_op){.request = request,
                                      .number = ++core->n_ops,
                                      .state = WINNOW_OP_BEGIN,
@@ -187,10 +226,9 @@ static void session_close(struct winnow_core *core, struct winnow_session *sessi
     session->closing = true;
     while (session->queue_first) {
         struct winnow_request *request = session->queue_first;
-        session->queue_first = request->next;
+        queue_leave(session, &session->queue_first);
         request_fail(core, request, -ECANCELED, "the session was closed");
     }
-    session->queue_last = &session->queue_first;
     session->op.cancelled = true;
     core->progress = true;
     if (session->op.state == WINNOW_OP_NONE && session->n_builds == 0)
@@ -219,7 +257,7 @@ static void request_begin(struct winnow_core *core, struct winnow_request *reque
 {
     request->status = 0;
     request->text[0] = 0;
-    request->truncate_to = 0;
+    request->truncate_to = request->n_held = 0;
     request->core_private[0] = (uint64_t)core->now_ns;
     if (request->kind == WINNOW_REQUEST_OPEN) {
         winnow_open(core, request);
@@ -267,9 +305,8 @@ static void request_cancel(struct winnow_core *core, const struct winnow_request
             struct winnow_request *waiting = *at;
             if (waiting != request)
                 continue;
-            *at = waiting->next;
-            if (session->queue_last == &waiting->next)
-                session->queue_last = at;
+            queue_leave(session, at);
+            waiting->n_held = request_held(session, waiting);
             request_fail(core, waiting, -ECANCELED, "cancelled");
             return;
         }
@@ -334,10 +371,7 @@ void winnow_op_end(struct winnow_core *core, struct winnow_session *session)
     core->progress = true;
     if (request) {
         request->status = op->failure;
-        request->n_held = session->closing ? 0 : winnow_context_held(session->context);
-        if (request->kind == WINNOW_REQUEST_ATTEND || request->kind == WINNOW_REQUEST_APPEND ||
-            request->kind == WINNOW_REQUEST_EXACT)
-            request->n_held = session->context->layer[op->layer].held;
+        request->n_held = request_held(session, request);
         request_done(core, request);
     }
     if (!session->closing)
@@ -389,7 +423,6 @@ static bool op_take_run(struct winnow_core *core, struct winnow_op *op)
 static void op_fork(struct winnow_core *core, struct winnow_session *session)
 {
     int rc = winnow_fork(core, session, session->op.request);
-    session->op.layer = 0;
     if (rc == -EAGAIN)
         return; /* no room now: again when something was freed */
     if (rc < 0)
@@ -470,8 +503,10 @@ static int64_t ops_advance(struct winnow_core *core)
     for (uint32_t i = core->n_active; i-- > 0;) { /* an op that ends leaves its place to the last */
         struct winnow_session *session = core->active[i];
         struct winnow_request *request = session->op.request;
+        int64_t queue_ns = queue_expire(core, session);
         if (request && request->deadline_ns < next_ns)
             next_ns = request->deadline_ns;
+        next_ns = queue_ns < next_ns ? queue_ns : next_ns;
         op_advance(core, session);
     }
     return next_ns;

@@ -139,7 +139,6 @@ static void commit(struct winnow_core *core, struct winnow_session *session)
     }
     winnow_context_cut(context, n_tokens);
     op->n_slots = 0; /* the context's */
-    op->layer = 0;
     session->epoch++;
     op->request->epoch = session->epoch;
     for (uint32_t layer = 0; layer < context->shape.n_layers; layer++) {

@@ -8,17 +8,10 @@ static float out[8 * 256];
 static void test_world__decodes_from_the_simulated_disk(void)
 {
     struct sim_world world;
-    struct sim_options options = {.seed = test_seed(),
-                                  .disk_cap_bytes = 64 << 20,
-                                  .data_file_bytes = 4 << 20,
-                                  .shuffled = true,
-                                  .jitter_ns = 20 * WINNOW_NS_PER_US};
-    struct winnow_model_shape shape = sim_shape(4, 2, 2, 256, WINNOW_FP32);
+    struct sim_options options = {
+        .seed = test_seed(), .shuffled = true, .jitter_ns = 20 * WINNOW_NS_PER_US};
     static struct sim_text text;
-    sim_world_init(&world, &options);
-    sim_text_init(&text, &world, &shape, test_seed());
-    CHECK_EQ(sim_text_open(&text, NULL), 0);
-    CHECK_EQ(sim_text_fill(&text, 0, 1500, 128), 0);
+    sim_text_spilled(&text, &world, &options);
     uint32_t n_disk = 0;
     for (uint32_t layer = 0; layer < 4; layer++) {
         int64_t begun_ns = sim_world_now(&world);
@@ -26,7 +19,7 @@ static void test_world__decodes_from_the_simulated_disk(void)
         const struct winnow_core_certificate *c = &text.last.attend.certificate;
         int64_t micros = (sim_world_now(&world) - begun_ns) / WINNOW_NS_PER_US;
         CHECK(sim_text_error(&text, layer, 1500, out) < 1e-4);
-        CHECK_EQ(c->bytes_read, (uint64_t)c->n_blocks_disk * winnow_block_bytes(&shape));
+        CHECK_EQ(c->bytes_read, (uint64_t)c->n_blocks_disk * winnow_block_bytes(&text.model.shape));
         CHECK(c->micros <= micros && c->micros + 50 > micros);
         n_disk += c->n_blocks_disk;
     }

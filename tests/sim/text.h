@@ -165,6 +165,34 @@ static inline int sim_text_fork(struct sim_text *text, struct sim_text *fork)
     return rc;
 }
 
+/* A request under way: sent, not waited for. */
+static inline void sim_text_send(struct sim_text *text, struct winnow_request *request,
+                                 int64_t within_ns, bool *done)
+{
+    *done = false;
+    request->session_id = text->id;
+    request->epoch = text->epoch;
+    request->deadline_ns = within_ns ? sim_world_now(text->world) + within_ns : WINNOW_NEVER_NS;
+    request->done = sim_request_done;
+    request->user = done;
+    CHECK_EQ(sim_world_submit(text->world, request), 0);
+}
+
+/* A world with a disk, and a text of 24 MiB in a pool of 16. */
+static inline void sim_text_spilled(struct sim_text *text, struct sim_world *world,
+                                    const struct sim_options *options)
+{
+    struct winnow_model_shape shape = sim_shape(4, 2, 2, 256, WINNOW_FP32);
+    struct sim_options with_disk = *options;
+    with_disk.disk_cap_bytes = options->disk_cap_bytes ? options->disk_cap_bytes : 64 << 20;
+    with_disk.data_file_bytes = 4 << 20;
+    sim_world_init(world, &with_disk);
+    sim_text_init(text, world, &shape, options->seed);
+    CHECK_EQ(sim_text_open(text, NULL), 0);
+    CHECK_EQ(sim_text_fill(text, 0, 1500, 128), 0);
+    sim_world_settle(world);
+}
+
 static inline double sim_text_error(const struct sim_text *text, uint32_t layer, uint64_t position,
                                     const float *out)
 {

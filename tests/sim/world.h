@@ -47,6 +47,7 @@ struct sim_world {
     int64_t wake_ns[SIM_N_ACTORS];
     bool working;     /* the worker takes an item */
     bool builds_wait; /* nobody builds until it is false */
+    uint64_t n_turns; /* not shuffled: the actors take turns */
     uint64_t hash;
 };
 
@@ -283,7 +284,8 @@ static inline bool sim_world_step(struct sim_world *world, int64_t until_ns)
         if (world->wake_ns[actor] <= sim_world_now(world))
             ready[n_ready++] = actor;
     if (n_ready) {
-        uint64_t chosen = world->options.shuffled ? winnow_rng_below(&world->rng, n_ready) : 0;
+        uint64_t chosen = world->options.shuffled ? winnow_rng_below(&world->rng, n_ready)
+                                                  : world->n_turns++ % n_ready;
         sim_actor_run(world, ready[chosen]);
         return true;
     }

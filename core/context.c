@@ -251,7 +251,7 @@ void winnow_context_cut(struct winnow_context *context, uint64_t n_tokens)
         }
 }
 
-static bool layers_level(const struct winnow_context *context)
+bool winnow_context_is_level(const struct winnow_context *context)
 {
     for (uint32_t layer = 1; layer < context->shape.n_layers; layer++)
         if (context->layer[layer].held != context->layer[0].held ||
@@ -260,52 +260,44 @@ static bool layers_level(const struct winnow_context *context)
     return true;
 }
 
-/* Blocks of one layer: full ones shared, the part-filled one copied into its own slot. */
-static int layer_fork(const struct winnow_context *from, struct winnow_context *to, uint32_t layer,
-                      uint64_t keep_bytes)
+uint32_t winnow_context_fork_copies(const struct winnow_context *context)
+{
+    bool has_part = context->layer[0].held % WINNOW_BLOCK_TOKENS != 0;
+    return has_part ? context->shape.n_layers * context->shape.n_kv_heads : 0;
+}
+
+/* Blocks of one layer: full ones shared, the part-filled one copied into the slot given. */
+static void layer_fork(const struct winnow_context *from, struct winnow_context *to, uint32_t layer,
+                       const uint32_t *copy)
 {
     const struct winnow_context_layer *source = &from->layer[layer];
-    struct winnow_context_layer *target = &to->layer[layer];
     struct winnow_arena *arena = from->tiers->arena;
-    uint32_t block_bytes = winnow_block_bytes(&from->shape);
     bool has_part = source->held % WINNOW_BLOCK_TOKENS != 0;
-    for (uint32_t head = 0; head < from->shape.n_kv_heads; head++) {
+    for (uint32_t head = 0; head < from->shape.n_kv_heads; head++)
         for (uint32_t i = 0; i < source->n_blocks; i++) {
             uint32_t slot = *winnow_context_slot(from, layer, head, i);
-            if (!has_part || i + 1 < source->n_blocks) {
-                winnow_arena_hold(arena, slot);
+            if (has_part && i + 1 == source->n_blocks) {
+                memcpy(winnow_arena_data(arena, copy[head]), winnow_arena_data(arena, slot),
+                       winnow_block_bytes(&from->shape));
+                slot = copy[head];
             } else {
-                uint32_t copy;
-                if (winnow_arena_take(arena, block_bytes, 1, &copy, keep_bytes) < 0) {
-                    for (uint32_t h = 0; h <= head; h++)
-                        for (uint32_t j = 0; j < (h < head ? source->n_blocks : i); j++)
-                            winnow_arena_release(arena, *winnow_context_slot(to, layer, h, j));
-                    return -EAGAIN;
-                }
-                memcpy(winnow_arena_data(arena, copy), winnow_arena_data(arena, slot), block_bytes);
-                slot = copy;
+                winnow_arena_hold(arena, slot);
             }
             *winnow_context_slot(to, layer, head, i) = slot;
         }
-    }
-    target->held = source->held;
-    target->n_segments = source->n_segments;
-    target->n_blocks = source->n_blocks;
-    return 0;
+    to->layer[layer].held = source->held;
+    to->layer[layer].n_segments = source->n_segments;
+    to->layer[layer].n_blocks = source->n_blocks;
 }
 
-int winnow_context_fork(const struct winnow_context *from, struct winnow_context *to,
-                        uint64_t keep_bytes)
+void winnow_context_fork(const struct winnow_context *from, struct winnow_context *to,
+                         const uint32_t *slot)
 {
     winnow_assert(to->layer[0].held == 0 && to->layer[0].n_blocks == 0);
-    if (!layers_level(from))
-        return -EINVAL;
     for (uint32_t layer = 0; layer < from->shape.n_layers; layer++)
-        if (layer_fork(from, to, layer, keep_bytes) < 0)
-            return -EAGAIN; /* what is shared so far goes with the new context */
+        layer_fork(from, to, layer, slot + (size_t)layer * from->shape.n_kv_heads);
     for (uint32_t k = 0; k < from->layer[0].n_segments; k++) {
         to->segment[k] = from->segment[k];
         winnow_segment_ref(to->segment[k]);
     }
-    return 0;
 }

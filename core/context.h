@@ -80,10 +80,11 @@ void winnow_context_unseal(struct winnow_context *context, uint32_t layer, uint6
  * to keep its first tokens). Segments no layer has in force are unreferenced. */
 void winnow_context_cut(struct winnow_context *context, uint64_t n_tokens);
 
-/*
- * Into an empty context of the same shape: shares segments and full resident blocks, copies the
- * part-filled ones.
- *   -EINVAL  layers hold different numbers of tokens or of segments   -EAGAIN  no room now
- */
-int winnow_context_fork(const struct winnow_context *from, struct winnow_context *to,
-                        uint64_t keep_bytes);
+/* All layers hold the same tokens and have the same segments in force: the context can be forked. */
+bool winnow_context_is_level(const struct winnow_context *context);
+/* Slots that a fork takes: for each layer and KV head, when the last block is part-filled. */
+uint32_t winnow_context_fork_copies(const struct winnow_context *context);
+/* Of a level context into an empty one of its shape: shares segments and full resident blocks,
+ * copies the part-filled ones into slot [fork_copies], one holder each, taken over. */
+void winnow_context_fork(const struct winnow_context *from, struct winnow_context *to,
+                         const uint32_t *slot);

@@ -357,6 +357,19 @@ static void op_release(struct winnow_core *core, struct winnow_session *session)
     op->n_slots = 0;
 }
 
+bool winnow_op_slots_take(struct winnow_core *core, struct winnow_session *session, uint32_t n)
+{
+    struct winnow_op *op = &session->op;
+    uint32_t block_bytes = winnow_block_bytes(&session->context->shape);
+    if (!op->slot)
+        op->slot = winnow_alloc_array(n, sizeof *op->slot);
+    if (!op->slot || (n > 0 && winnow_arena_take(core->tiers.arena, block_bytes, n, op->slot,
+                                                 core->keep_bytes) < 0))
+        return false;
+    op->n_slots = n;
+    return true;
+}
+
 void winnow_op_end(struct winnow_core *core, struct winnow_session *session)
 {
     struct winnow_op *op = &session->op;
@@ -420,16 +433,6 @@ static bool op_take_run(struct winnow_core *core, struct winnow_op *op)
     return false;
 }
 
-static void op_fork(struct winnow_core *core, struct winnow_session *session)
-{
-    int rc = winnow_fork(core, session, session->op.request);
-    if (rc == -EAGAIN)
-        return; /* no room now: again when something was freed */
-    if (rc < 0)
-        session->op.failure = rc; /* fork has written the text */
-    winnow_op_end(core, session);
-}
-
 static void op_run(struct winnow_core *core, struct winnow_session *session)
 {
     switch (session->op.request ? session->op.request->kind : WINNOW_REQUEST_EXACT) {
@@ -444,7 +447,8 @@ static void op_run(struct winnow_core *core, struct winnow_session *session)
         winnow_truncate_advance(core, session);
         return;
     case WINNOW_REQUEST_FORK:
-        op_fork(core, session);
+        if (winnow_fork(core, session))
+            winnow_op_end(core, session);
         return;
     default:
         winnow_op_fail(&session->op, -EINVAL, "unknown request %u", session->op.request->kind);
@@ -512,11 +516,29 @@ static int64_t ops_advance(struct winnow_core *core)
     return next_ns;
 }
 
-bool winnow_core_is_stuck(const struct winnow_core *core)
+/* True when nothing under way can free memory. */
+static bool is_stuck(const struct winnow_core *core)
 {
     bool can_spill = core->tiers.store && core->tiers.spill_first && !core->tiers.spill_refused;
     return !core->progress && core->n_items_out == 0 && core->n_spills == 0 && !can_spill &&
            winnow_pool_used(core->loads) == 0;
+}
+
+void winnow_op_wait_room(struct winnow_core *core, struct winnow_op *op, const char *format, ...)
+{
+    char what[160];
+    winnow_spill_pump(core, true);
+    if (!is_stuck(core))
+        return;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(what, sizeof what, format, args);
+    va_end(args);
+    bool disk_full = core->tiers.spill_refused;
+    winnow_op_fail(op, -EDQUOT, "no room for %s: host_pool %llu MiB%s. hint: a larger %s", what,
+                   (unsigned long long)(core->options.host_pool_bytes >> 20),
+                   disk_full ? ", and the disk takes no more" : "",
+                   disk_full ? "disk_cap or host_pool" : "host_pool, fewer sessions");
 }
 
 // --- items --------------------------------------------------------------------------------------

@@ -129,12 +129,7 @@ static bool token_append(struct winnow_core *core, struct winnow_session *sessio
     if (token_convert(core, session, &k, &v) < 0)
         return false;
     if (winnow_context_grow(context, op->layer, 1, core->keep_bytes) < 0) {
-        winnow_spill_pump(core, true);
-        if (winnow_core_is_stuck(core))
-            winnow_op_fail(op, -EDQUOT,
-                           "no room for a token: host_pool %llu MiB is held by tails. hint: a "
-                           "larger host_pool, fewer sessions",
-                           (unsigned long long)(core->options.host_pool_bytes >> 20));
+        winnow_op_wait_room(core, op, "a token of layer %u", op->layer);
         return false;
     }
     uint32_t block_idx = winnow_context_block_of(context, op->layer, layer->held);
@@ -455,15 +450,8 @@ static bool read_advance(struct winnow_core *core, struct winnow_session *sessio
     groups_submit(core, session);
     if (op->fill_done && op->group_first == op->group_next)
         return true;
-    if (!op->fill_done && op->n_items == 0 && op->n_loads == 0 &&
-        op->group_first == op->group_next) {
-        winnow_spill_pump(core, true);
-        if (winnow_core_is_stuck(core))
-            winnow_op_fail(op, -EDQUOT,
-                           "no slots for a step: host_pool %llu MiB is held by tails. hint: a "
-                           "larger host_pool",
-                           (unsigned long long)(core->options.host_pool_bytes >> 20));
-    }
+    if (!op->fill_done && op->n_items == 0 && op->n_loads == 0 && op->group_first == op->group_next)
+        winnow_op_wait_room(core, op, "the blocks of a step");
     return false;
 }
 

@@ -176,12 +176,7 @@ void winnow_seal_permute(struct winnow_core *core, struct winnow_session *sessio
     if (winnow_pool_size(core->items) - winnow_pool_used(core->items) < n_heads)
         return;
     if (span_own(core, session, layer) < 0) {
-        winnow_spill_pump(core, true);
-        if (winnow_core_is_stuck(core))
-            winnow_op_fail(&session->op, -EDQUOT,
-                           "no slots to seal layer %u: host_pool %llu MiB. hint: a larger "
-                           "host_pool, fewer forks",
-                           layer, (unsigned long long)(core->options.host_pool_bytes >> 20));
+        winnow_op_wait_room(core, &session->op, "a span of layer %u that forks share", layer);
         return;
     }
     state->seal_state = WINNOW_SEAL_PERMUTING;

@@ -126,8 +126,10 @@ void winnow_segment_unref(struct winnow_segment *segment)
         return;
     for (uint32_t layer = 0; layer < segment->shape.n_layers; layer++)
         layer_drop(segment, layer);
-    if (segment->stored && segment->tiers->store)
+    if (segment->stored && segment->tiers->store) {
         winnow_store_segment_destroy(segment->tiers->store, segment->stored);
+        segment->tiers->spill_refused = false;
+    }
     winnow_index_memory_give(segment->tiers->index, segment, segment->header_bytes);
 }
 

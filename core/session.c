@@ -167,7 +167,6 @@ void winnow_session_destroy(struct winnow_core *core, struct winnow_session *ses
     winnow_alloc_free(session->layer);
     winnow_alloc_free(session->heavy);
     winnow_pool_give(core->sessions, session);
-    core->tiers.spill_refused = false; /* its grains are free */
     core->progress = true;
 }
 
@@ -202,44 +201,55 @@ void winnow_open(struct winnow_core *core, struct winnow_request *request)
     request->n_held = 0;
 }
 
-int winnow_fork(struct winnow_core *core, struct winnow_session *session,
-                struct winnow_request *request)
+/* Layers differ: in tokens, or in a segment that one has in force and another has not. */
+static void unlevel_fail(struct winnow_session *session)
 {
+    const struct winnow_context *context = session->context;
+    uint64_t held = winnow_context_held(context), end = UINT64_MAX;
+    for (uint32_t layer = 0; layer < context->shape.n_layers; layer++)
+        if (winnow_context_span_end(context, layer) < end)
+            end = winnow_context_span_end(context, layer);
+    winnow_op_fail(&session->op, -EINVAL,
+                   "layers differ in tokens or segments. hint: truncate to %llu evens them",
+                   (unsigned long long)(held < end ? held : end - 1));
+}
+
+static void fork_fill(const struct winnow_session *session, struct winnow_session *fork)
+{
+    const struct winnow_model_shape *shape = &session->context->shape;
+    size_t n_heads = (size_t)shape->n_layers * shape->n_kv_heads;
+    winnow_context_fork(session->context, fork->context, session->op.slot);
+    memcpy(fork->heavy, session->heavy, n_heads * sizeof *fork->heavy);
+    fork->n_heavy = session->n_heavy;
+    for (uint32_t layer = 0; layer < shape->n_layers; layer++)
+        fork->layer[layer].sealed_to = session->layer[layer].sealed_to;
+    memcpy(fork->label, session->label, sizeof fork->label);
+}
+
+bool winnow_fork(struct winnow_core *core, struct winnow_session *session)
+{
+    struct winnow_op *op = &session->op;
+    if (!winnow_context_is_level(session->context)) {
+        unlevel_fail(session);
+        return false;
+    }
+    uint32_t n = winnow_context_fork_copies(session->context);
+    if (!winnow_op_slots_take(core, session, n)) {
+        winnow_op_wait_room(core, op, "the fork's last blocks");
+        return false;
+    }
     struct winnow_session *fork =
         session_create(core, session->owner, &session->context->shape, &session->options);
     if (!fork) {
-        snprintf(request->text, sizeof request->text,
-                 "%u sessions are open, or memory is out. hint: sessions_max",
-                 winnow_pool_used(core->sessions));
-        return -EDQUOT;
+        winnow_op_fail(op, -EDQUOT, "%u sessions are open, or memory is out. hint: sessions_max",
+                       winnow_pool_used(core->sessions));
+        return false;
     }
-    int rc = winnow_context_fork(session->context, fork->context, core->keep_bytes);
-    if (rc < 0) {
-        bool progress = core->progress;
-        winnow_session_destroy(core, fork);
-        core->progress = progress; /* nothing was freed that was not taken here */
-        winnow_spill_pump(core, true);
-        if (rc == -EINVAL)
-            snprintf(request->text, sizeof request->text,
-                     "layers hold different numbers of tokens. hint: truncate to %llu evens them",
-                     (unsigned long long)winnow_context_held(session->context));
-        else if (winnow_core_is_stuck(core)) {
-            snprintf(request->text, sizeof request->text,
-                     "no room for the fork's tail: host_pool %llu MiB. hint: a larger host_pool",
-                     (unsigned long long)(core->options.host_pool_bytes >> 20));
-            return -EDQUOT;
-        }
-        return rc;
-    }
-    size_t n_heads = (size_t)session->context->shape.n_layers * session->context->shape.n_kv_heads;
-    memcpy(fork->heavy, session->heavy, n_heads * sizeof *fork->heavy);
-    fork->n_heavy = session->n_heavy;
-    for (uint32_t layer = 0; layer < session->context->shape.n_layers; layer++)
-        fork->layer[layer].sealed_to = session->layer[layer].sealed_to;
-    memcpy(fork->label, session->label, sizeof fork->label);
-    request->fork.ret_session_id = fork->id;
-    request->epoch = fork->epoch;
-    return 0;
+    fork_fill(session, fork);
+    op->n_slots = 0; /* the fork's */
+    op->request->fork.ret_session_id = fork->id;
+    op->request->epoch = fork->epoch;
+    return true;
 }
 
 // --- stats --------------------------------------------------------------------------------------

@@ -194,7 +194,7 @@ struct winnow_op {
     uint64_t at;              /* window: first position of the pass; truncate: layer's progress */
     uint32_t n_pass;
     uint64_t chunk_first, chunk_next;
-    uint32_t *slot; /* truncate: new resident blocks of all layers */
+    uint32_t *slot; /* truncate, fork: new resident blocks of all layers */
     uint32_t n_slots;
     uint32_t cut, n_cut; /* truncate: the segment cut through; layers restored before this one */
     bool restored;       /* truncate: `layer` is one of those */
@@ -274,6 +274,9 @@ struct winnow_core {
 void winnow_op_fail(struct winnow_op *op, int error, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 void winnow_op_end(struct winnow_core *core, struct winnow_session *session);
+/* n slots, all or none, of the session's block size into op->slot; given back with the op while
+ * n_slots says so. */
+bool winnow_op_slots_take(struct winnow_core *core, struct winnow_session *session, uint32_t n);
 /* An item of the session's op; NULL: all are out, try again when one ends. */
 struct winnow_item *winnow_item_take(struct winnow_core *core, struct winnow_session *session);
 void winnow_item_submit(struct winnow_core *core, struct winnow_item *item, uint32_t lane,
@@ -281,8 +284,10 @@ void winnow_item_submit(struct winnow_core *core, struct winnow_item *item, uint
                         void (*done)(struct winnow_core *, struct winnow_item *));
 /* The common end of an item: its error becomes the op's. */
 void winnow_item_done(struct winnow_core *core, struct winnow_item *item);
-/* True when nothing under way can free memory: who waits for room waits in vain. */
-bool winnow_core_is_stuck(const struct winnow_core *core);
+/* There is no room now for what the format names: spills more; when nothing under way can free
+ * memory, the op fails with -EDQUOT. */
+void winnow_op_wait_room(struct winnow_core *core, struct winnow_op *op, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
 void winnow_session_destroy(struct winnow_core *core, struct winnow_session *session);
 void winnow_core_scratch_free(struct winnow_core *core);
 int winnow_core_scratch_grow(struct winnow_core *core, const struct winnow_model_shape *shape,
@@ -293,8 +298,8 @@ void winnow_decode_advance(struct winnow_core *core, struct winnow_session *sess
 void winnow_window_advance(struct winnow_core *core, struct winnow_session *session);
 void winnow_truncate_advance(struct winnow_core *core, struct winnow_session *session);
 void winnow_open(struct winnow_core *core, struct winnow_request *request);
-int winnow_fork(struct winnow_core *core, struct winnow_session *session,
-                struct winnow_request *request);
+/* True: forked, the op may end. False: it has failed, or waits for room. */
+bool winnow_fork(struct winnow_core *core, struct winnow_session *session);
 void winnow_stats_fill(struct winnow_core *core, struct winnow_request *request);
 
 /* --- run.c --- */

@@ -71,8 +71,8 @@ static void layer_clean(struct winnow_core *core, struct winnow_segment_layer *s
         winnow_arena_clean(core->tiers.arena, place[i] - 1);
 }
 
-/* Sends the layer's next pieces while staging has some. True: all are sent. */
-static bool layer_write(struct winnow_core *core, struct winnow_segment_layer *state)
+/* Sends the layer's next pieces. 0: all are sent; -EAGAIN: staging is out; -errno: writes refused. */
+static int layer_write(struct winnow_core *core, struct winnow_segment_layer *state)
 {
     struct winnow_segment *segment = state->segment;
     uint32_t n_all = segment->shape.n_kv_heads * segment->n_blocks;
@@ -80,21 +80,23 @@ static bool layer_write(struct winnow_core *core, struct winnow_segment_layer *s
     while (state->n_written < n_all) {
         uint8_t *piece = winnow_arena_staging_take(core->tiers.arena);
         if (!piece)
-            return false;
+            return -EAGAIN;
         uint32_t n = n_all - state->n_written < n_piece ? n_all - state->n_written : n_piece;
-        if (piece_write(core, state, state->n_written, n, piece) < 0) {
+        int rc = piece_write(core, state, state->n_written, n, piece);
+        if (rc < 0) {
             winnow_arena_staging_give(core->tiers.arena, piece);
-            return false;
+            return rc;
         }
         state->n_written += n;
     }
-    return true;
+    return 0;
 }
 
 void winnow_spill_pump(struct winnow_core *core, bool wanted)
 {
     struct winnow_tiers *tiers = &core->tiers;
-    if (!tiers->store || core->tiers.spill_refused)
+    core->spill_grows = false;
+    if (!tiers->store || tiers->spill_refused)
         return;
     while (tiers->spill_first &&
            (wanted || tiers->spill_first->n_written || winnow_arena_pressed(tiers->arena))) {
@@ -103,19 +105,26 @@ void winnow_spill_pump(struct winnow_core *core, bool wanted)
             return;
         int rc = stored_prepare(core, state->segment);
         core->spill_grows = rc == -EAGAIN;
-        if (rc < 0) {
-            core->tiers.spill_refused =
-                rc != -EAGAIN; /* at the cap: until a segment gives its grains back */
+        if (rc == 0)
+            rc = layer_write(core, state);
+        if (rc < 0) { /* at the cap, or degraded: until a segment gives its grains back */
+            tiers->spill_refused = rc != -EAGAIN;
             return;
         }
-        if (!layer_write(core, state))
-            return;
         tiers->spill_first = state->next_spill;
         if (!tiers->spill_first)
             tiers->spill_last = &tiers->spill_first;
         state->waits_to_spill = false;
         wanted = false;
     }
+}
+
+/* A layer that could not be written waits for its turn again; the store gives up, not the core. */
+static void layer_again(struct winnow_core *core, struct winnow_segment_layer *state)
+{
+    state->write_failed = false;
+    state->n_written = 0;
+    winnow_spill_queue(core, state->segment, (uint32_t)(state - state->segment->layer));
 }
 
 void winnow_spill_done(struct winnow_core *core, const struct winnow_store_done *done)
@@ -125,8 +134,7 @@ void winnow_spill_done(struct winnow_core *core, const struct winnow_store_done 
     uint8_t *base = winnow_arena_base(core->tiers.arena, &n_bytes);
     struct winnow_segment_layer *state = core->spill_of_piece[piece_idx];
     struct winnow_segment *segment = state->segment;
-    if (done->held)
-        return;
+    winnow_assert(!done->held); /* a write has no deadline */
     core->stats.written_bytes += done->disk_bytes;
     winnow_arena_staging_give(core->tiers.arena, base + piece_idx * WINNOW_STAGING_BYTES);
     state->write_failed |= done->result < 0;
@@ -134,11 +142,9 @@ void winnow_spill_done(struct winnow_core *core, const struct winnow_store_done 
         return;
     core->n_spills--;
     bool complete = state->n_written == segment->shape.n_kv_heads * segment->n_blocks;
-    if (complete && !state->write_failed) {
+    if (complete && state->write_failed)
+        layer_again(core, state);
+    else if (complete)
         layer_clean(core, state);
-    } else if (complete) { /* the layer stays in memory */
-        state->write_failed = false;
-        core->tiers.spill_refused = true;
-    }
     winnow_segment_unref(segment);
 }

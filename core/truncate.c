@@ -49,23 +49,12 @@ static bool slots_take(struct winnow_core *core, struct winnow_session *session)
         n_layers += layer_is_cut(session, layer);
     uint32_t n = n_layers * context->shape.n_kv_heads *
                  survivor_blocks(context, op->request->truncate.n_tokens);
-    op->slot = winnow_alloc_array(n, sizeof *op->slot);
-    if (op->slot && winnow_arena_take(core->tiers.arena, winnow_block_bytes(&context->shape), n,
-                                      op->slot, core->keep_bytes) == 0) {
-        op->n_slots = n;
+    if (winnow_op_slots_take(core, session, n))
         return true;
-    }
-    winnow_alloc_free(op->slot);
-    op->slot = NULL;
-    winnow_spill_pump(core, true);
-    if (winnow_core_is_stuck(core))
-        winnow_op_fail(
-            op, -EDQUOT,
-            "no room for the %u tokens kept of a segment: host_pool %llu MiB. hint: truncate to "
-            "%llu",
-            survivors(context, op->request->truncate.n_tokens),
-            (unsigned long long)(core->options.host_pool_bytes >> 20),
-            (unsigned long long)(context->n_sinks + (uint64_t)op->cut * context->segment_tokens));
+    winnow_op_wait_room(
+        core, op, "the %u tokens kept of a segment (a truncate to %llu needs none)",
+        survivors(context, op->request->truncate.n_tokens),
+        (unsigned long long)(context->n_sinks + (uint64_t)op->cut * context->segment_tokens));
     return false;
 }
 
@@ -146,7 +135,6 @@ static void commit(struct winnow_core *core, struct winnow_session *session)
         if (session->layer[layer].sealed_to > n_tokens)
             session->layer[layer].sealed_to = n_tokens;
     }
-    core->tiers.spill_refused = false;
     winnow_op_end(core, session);
 }
 

@@ -110,13 +110,7 @@ static bool room_take(struct winnow_core *core, struct winnow_session *session)
     if (winnow_context_grow(session->context, op->layer, window_tokens(op->request),
                             core->keep_bytes) == 0)
         return true;
-    winnow_spill_pump(core, true);
-    if (winnow_core_is_stuck(core))
-        winnow_op_fail(op, -EDQUOT,
-                       "no room for %u tokens of layer %u: host_pool %llu MiB. hint: a larger "
-                       "host_pool, a shorter window, fewer sessions",
-                       window_tokens(op->request), op->layer,
-                       (unsigned long long)(core->options.host_pool_bytes >> 20));
+    winnow_op_wait_room(core, op, "%u tokens of layer %u", window_tokens(op->request), op->layer);
     return false;
 }
 

@@ -555,6 +555,15 @@ struct winnow_item *winnow_item_take(struct winnow_core *core, struct winnow_ses
     return item;
 }
 
+void winnow_item_run_here(struct winnow_core *core, struct winnow_item *item,
+                          void (*run)(struct winnow_work *, uint32_t),
+                          void (*done)(struct winnow_core *, struct winnow_item *))
+{
+    run(&item->work, core->n_workers - 1);
+    done(core, item);
+    winnow_pool_give(core->items, item);
+}
+
 void winnow_item_submit(struct winnow_core *core, struct winnow_item *item, uint32_t lane,
                         void (*run)(struct winnow_work *, uint32_t),
                         void (*done)(struct winnow_core *, struct winnow_item *))
@@ -658,10 +667,17 @@ static int64_t clock_now(const struct winnow_core *core)
     return core->options.now ? core->options.now(core->options.now_arg) : winnow_clock_now_ns();
 }
 
+/* Workers spin between the phases of a step, but not while it waits for the disk: on a small
+ * machine the I/O thread needs their core. */
+static void team_warm(const struct winnow_core *core)
+{
+    winnow_team_hot(core->options.team, core->n_active > 0 && winnow_pool_used(core->loads) == 0);
+}
+
 int64_t winnow_core_step(struct winnow_core *core, int64_t now_ns)
 {
     int64_t next_ns;
-    winnow_team_hot(core->options.team, core->n_active > 0);
+    team_warm(core);
     for (core->now_ns = now_ns;; core->now_ns = clock_now(core)) {
         core->progress = requests_poll(core);
         core->progress |= items_poll(core);
@@ -673,7 +689,7 @@ int64_t winnow_core_step(struct winnow_core *core, int64_t now_ns)
     }
     if (item_run(core))
         return now_ns; /* its end is a message; and time has passed */
-    winnow_team_hot(core->options.team, core->n_active > 0);
+    team_warm(core);
     if (core->spill_grows && next_ns > now_ns + GROW_WAIT_NS)
         next_ns = now_ns + GROW_WAIT_NS;
     return next_ns;

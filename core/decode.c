@@ -223,10 +223,17 @@ static void select_run(struct winnow_work *work, uint32_t worker_idx)
                               run->scratch + item->head * run->scratch_bytes);
 }
 
-/* An item for every KV head; false: items are out (their number is bounded), nothing is sent. */
+/* Blocks of all lists together below which a phase is done before a worker would be awake (25-35 us
+ * on a small VM): scoring a block takes about 100 ns, judging a selected list 10. */
+enum { SCORE_HERE_BLOCKS = 256, JUDGE_HERE_BLOCKS = 2560, ATTEND_HERE_GROUPS = 12 };
+
+/* An item for every KV head, by the team, or here when the lists are short. False: items are out
+ * (their number is bounded), nothing is done. */
 static bool heads_submit(struct winnow_core *core, struct winnow_session *session,
-                         void (*run)(struct winnow_work *, uint32_t))
+                         void (*run)(struct winnow_work *, uint32_t), uint32_t n_here_blocks)
 {
+    bool here = core->n_workers > 1 &&
+                session->op.run->n_blocks * session->context->shape.n_kv_heads < n_here_blocks;
     uint32_t n_heads = session->context->shape.n_kv_heads;
     if (winnow_pool_size(core->items) - winnow_pool_used(core->items) < n_heads)
         return false;
@@ -234,7 +241,10 @@ static bool heads_submit(struct winnow_core *core, struct winnow_session *sessio
         struct winnow_item *item = winnow_item_take(core, session);
         item->head = head;
         session->op.n_items++;
-        winnow_item_submit(core, item, WINNOW_LANE_DECODE, run, winnow_item_done);
+        if (here)
+            winnow_item_run_here(core, item, run, winnow_item_done);
+        else
+            winnow_item_submit(core, item, WINNOW_LANE_DECODE, run, winnow_item_done);
     }
     return true;
 }
@@ -270,7 +280,7 @@ static void score_begin(struct winnow_core *core, struct winnow_session *session
     if (query_convert(core, session) < 0)
         return;
     exact_choose(core, session);
-    if (heads_submit(core, session, score_run))
+    if (heads_submit(core, session, score_run, SCORE_HERE_BLOCKS))
         op->state = WINNOW_OP_SCORE;
 }
 
@@ -407,18 +417,30 @@ static void attend_done(struct winnow_core *core, struct winnow_item *item)
     core->progress = true;
 }
 
-/* Ready groups to the team, in items that leave every thread some. */
+static void item_send(struct winnow_core *core, struct winnow_session *session,
+                      struct winnow_item *item, bool here)
+{
+    session->op.n_items++;
+    if (here)
+        winnow_item_run_here(core, item, attend_run, attend_done);
+    else
+        winnow_item_submit(core, item, WINNOW_LANE_DECODE, attend_run, attend_done);
+}
+
+/* Ready groups to the team, in items that leave every thread some; a few are attended here. */
 static void groups_submit(struct winnow_core *core, struct winnow_session *session)
 {
     struct winnow_op *op = &session->op;
     uint32_t n_ready = 0;
-    for (uint64_t g = op->group_first; g < op->group_next; g++)
+    uint64_t group_next = op->group_next;
+    for (uint64_t g = op->group_first; g < group_next; g++)
         n_ready += op->run->group[g % WINNOW_N_GROUPS].state == WINNOW_GROUP_READY;
-    uint32_t n_each = (n_ready + core->n_workers - 1) / core->n_workers;
+    bool here = core->n_workers > 1 && n_ready <= ATTEND_HERE_GROUPS;
+    uint32_t n_each = here ? n_ready : (n_ready + core->n_workers - 1) / core->n_workers;
     if (n_each > WINNOW_ITEM_GROUPS)
         n_each = WINNOW_ITEM_GROUPS;
     struct winnow_item *item = NULL;
-    for (uint64_t g = op->group_first; g < op->group_next; g++) {
+    for (uint64_t g = op->group_first; g < group_next; g++) {
         struct winnow_group *group = &op->run->group[g % WINNOW_N_GROUPS];
         if (group->state != WINNOW_GROUP_READY)
             continue;
@@ -428,14 +450,11 @@ static void groups_submit(struct winnow_core *core, struct winnow_session *sessi
         item->group[item->n++] = (uint16_t)(g % WINNOW_N_GROUPS);
         if (item->n < n_each)
             continue;
-        op->n_items++;
-        winnow_item_submit(core, item, WINNOW_LANE_DECODE, attend_run, attend_done);
+        item_send(core, session, item, here);
         item = NULL;
     }
-    if (item) {
-        op->n_items++;
-        winnow_item_submit(core, item, WINNOW_LANE_DECODE, attend_run, attend_done);
-    }
+    if (item)
+        item_send(core, session, item, here);
 }
 
 /* True when every wanted block is attended and joined. */
@@ -554,7 +573,8 @@ static bool advance_once(struct winnow_core *core, struct winnow_session *sessio
         return true;
     }
     case WINNOW_OP_PROBE:
-        if (!read_advance(core, session) || !heads_submit(core, session, select_run))
+        if (!read_advance(core, session) ||
+            !heads_submit(core, session, select_run, JUDGE_HERE_BLOCKS))
             return false;
         op->state = WINNOW_OP_SELECT;
         return true;
@@ -567,7 +587,7 @@ static bool advance_once(struct winnow_core *core, struct winnow_session *sessio
             return false;
         op->state = WINNOW_OP_VERIFY;
         op->certificate.n_rounds = 1;
-        if (!heads_submit(core, session, verify_run))
+        if (!heads_submit(core, session, verify_run, JUDGE_HERE_BLOCKS))
             op->state = WINNOW_OP_READ; /* items are out: the next round tries again */
         return op->state == WINNOW_OP_VERIFY;
     case WINNOW_OP_VERIFY:
@@ -584,7 +604,7 @@ static bool advance_once(struct winnow_core *core, struct winnow_session *sessio
         if (!read_advance(core, session))
             return false;
         op->state = WINNOW_OP_CERTIFY;
-        if (!heads_submit(core, session, verify_run))
+        if (!heads_submit(core, session, verify_run, JUDGE_HERE_BLOCKS))
             op->state = WINNOW_OP_READ_MORE;
         return op->state == WINNOW_OP_CERTIFY;
     case WINNOW_OP_CERTIFY:

@@ -282,6 +282,10 @@ struct winnow_item *winnow_item_take(struct winnow_core *core, struct winnow_ses
 void winnow_item_submit(struct winnow_core *core, struct winnow_item *item, uint32_t lane,
                         void (*run)(struct winnow_work *, uint32_t),
                         void (*done)(struct winnow_core *, struct winnow_item *));
+/* Runs it on the owner at once: for work that is less than the wake-up of a worker. */
+void winnow_item_run_here(struct winnow_core *core, struct winnow_item *item,
+                          void (*run)(struct winnow_work *, uint32_t),
+                          void (*done)(struct winnow_core *, struct winnow_item *));
 /* The common end of an item: its error becomes the op's. */
 void winnow_item_done(struct winnow_core *core, struct winnow_item *item);
 /* There is no room now for what the format names: spills more; when nothing under way can free

@@ -45,7 +45,8 @@ struct winnow_rpc_item {
     struct winnow_request request; /* first: done gets it back */
     struct winnow_rpc_call *call;
     struct winnow_rpc_item *next; /* of the same message */
-    bool is_busy;                 /* in the core */
+    int64_t submitted_ns;
+    bool is_busy; /* in the core */
 };
 
 /* Every hook runs on an open call only; a NULL hook is not needed. */

@@ -142,10 +142,21 @@ void winnow_rpc_drain(struct winnow_rpc *rpc, int64_t deadline_ns)
     winnow_rpc_wake(rpc);
 }
 
+/* The core knows the time of its steps only, and a short one ends in the step that began it. */
+static void micros_fill(struct winnow_rpc_item *item)
+{
+    uint32_t micros = (uint32_t)((winnow_clock_now_ns() - item->submitted_ns) / WINNOW_NS_PER_US);
+    if (item->request.kind == WINNOW_REQUEST_ATTEND)
+        item->request.attend.certificate.micros = micros;
+    else if (item->request.kind == WINNOW_REQUEST_EXACT)
+        item->request.exact.certificate.micros = micros;
+}
+
 static void item_done(struct winnow_request *request)
 {
     struct winnow_rpc_item *item = (struct winnow_rpc_item *)request;
     struct winnow_rpc_call *call = item->call;
+    micros_fill(item);
     winnow_assert(item->is_busy && call->n_items);
     item->is_busy = false;
     call->n_items--;
@@ -172,6 +183,7 @@ void winnow_rpc_submit(struct winnow_rpc_item *item)
     item->call->n_items++;
     item->request.done = item_done;
     item->request.user = item;
+    item->submitted_ns = winnow_clock_now_ns();
     int rc = winnow_core_submit(rpc->core, &item->request);
     if (rc == -EAGAIN && !rpc->is_stepping) { /* the core takes requests only in its step */
         step(rpc, winnow_clock_now_ns());

@@ -100,15 +100,16 @@ static void begin_check(struct winnow_core *core, struct winnow_session *session
                                                        .mass_reached = 1,
                                                        .mass_mean = 1,
                                                        .n_rounds = 1};
-    op->certificate.n_blocks_total = context->layer[layer].n_segments * context->shape.n_kv_heads *
-                                     (context->segment_tokens / WINNOW_BLOCK_TOKENS);
 }
 
 static bool room_take(struct winnow_core *core, struct winnow_session *session)
 {
     struct winnow_op *op = &session->op;
-    if (winnow_context_grow(session->context, op->layer, window_tokens(op->request),
-                            core->keep_bytes) == 0)
+    struct winnow_context *context = session->context;
+    op->certificate.n_blocks_total = context->layer[op->layer].n_segments *
+                                     context->shape.n_kv_heads *
+                                     (context->segment_tokens / WINNOW_BLOCK_TOKENS);
+    if (winnow_context_grow(context, op->layer, window_tokens(op->request), core->keep_bytes) == 0)
         return true;
     winnow_op_wait_room(core, op, "%u tokens of layer %u", window_tokens(op->request), op->layer);
     return false;

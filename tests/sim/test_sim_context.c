@@ -139,8 +139,11 @@ static void test_context__owed_span_is_in_force_for_the_next_call(void)
     CHECK_EQ(text.last.n_held, 210);
     while (n > 0)
         winnow_index_memory_give(index, taken[--n], 4096);
+    CHECK_EQ(sim_text_fork(&text, &forked), 0);
     CHECK_EQ(sim_text_step(&text, 0, 210, 1, out), 0);
     CHECK_EQ(sim_session(world.core, text.id)->context->layer[0].n_segments, 1);
+    CHECK_EQ(sim_text_window(&forked, 0, 210, 1, out), 0);
+    CHECK_EQ(forked.last.exact.certificate.n_blocks_total, 2 * 8);
     sim_world_finish(&world);
 }
 

@@ -22,21 +22,15 @@ struct filler {
     struct winnow_store_read read[N_READS_ONCE];
 };
 
-static int filler_send(struct filler *filler)
+static void filler_send(struct filler *filler)
 {
     struct winnow_op *op = &filler->session->op;
     if (filler->n == 0)
-        return 0;
-    int64_t deadline_ns = op->request ? op->request->deadline_ns : INT64_MAX;
+        return;
     int rc = winnow_store_read(filler->core->tiers.store, filler->read, filler->n, WINNOW_IO_EXACT,
-                               deadline_ns);
-    if (rc == 0)
-        op->n_loads += filler->n;
-    else
-        for (uint32_t i = 0; i < filler->n; i++)
-            winnow_load_abandon(filler->core, filler->load[i]);
-    filler->n = 0;
-    return rc;
+                               op->request->deadline_ns);
+    winnow_assert(rc == 0); /* WINNOW_STORE_REQUESTS: one for each load, and for each spill */
+    op->n_loads += filler->n;
 }
 
 /* Asks for a block that is not in memory. False: no staging now. */
@@ -51,8 +45,7 @@ static bool filler_load(struct filler *filler, struct winnow_segment *segment, u
     void *data = winnow_stage_take(core, &filler->stage, segment->block_bytes);
     if (!data)
         return false;
-    struct winnow_load *load =
-        winnow_load_take(core, filler->session, segment, in_segment, WINNOW_IO_EXACT);
+    struct winnow_load *load = winnow_load_take(core, filler->session, segment, in_segment);
     if (!load) {
         winnow_arena_staging_give(core->tiers.arena, data);
         return false;
@@ -60,8 +53,6 @@ static bool filler_load(struct filler *filler, struct winnow_segment *segment, u
     load->data = data;
     load->group = filler->chunk_idx;
     load->place = at;
-    load->counts_truncate =
-        filler->session->op.request && filler->session->op.request->kind == WINNOW_REQUEST_TRUNCATE;
     filler->load[filler->n] = load;
     filler->read[filler->n++] = (struct winnow_store_read){segment->stored, in_segment, data,
                                                            winnow_pool_handle(core->loads, load)};
@@ -137,8 +128,8 @@ static bool cursor_next(const struct winnow_session *session, struct winnow_curs
     return !one_head;
 }
 
-int winnow_chunk_fill(struct winnow_core *core, struct winnow_session *session,
-                      struct winnow_chunk *chunk, uint32_t chunk_idx, bool one_head)
+bool winnow_chunk_fill(struct winnow_core *core, struct winnow_session *session,
+                       struct winnow_chunk *chunk, uint32_t chunk_idx, bool one_head)
 {
     struct winnow_op *op = &session->op;
     const struct winnow_context *context = session->context;
@@ -160,9 +151,10 @@ int winnow_chunk_fill(struct winnow_core *core, struct winnow_session *session,
     }
     winnow_stage_finish(core, &filler.stage);
     if (chunk->n_blocks == 0)
-        return -EAGAIN;
+        return false;
     chunk->state = chunk->n_missing ? WINNOW_CHUNK_READING : WINNOW_CHUNK_READY;
-    return filler_send(&filler);
+    filler_send(&filler);
+    return true;
 }
 
 void winnow_chunk_loaded(struct winnow_core *core, struct winnow_session *session,
@@ -176,8 +168,7 @@ void winnow_chunk_loaded(struct winnow_core *core, struct winnow_session *sessio
         chunk->data[load->place] = load->data;
         chunk->source[load->place] = WINNOW_FROM_STAGING;
     } else {
-        if (op->request)
-            op->request->truncate_to = load->segment->first_token;
+        op->request->truncate_to = load->segment->first_token;
         winnow_op_fail(
             op, result == -ETIMEDOUT ? -ETIMEDOUT : -ENODATA,
             "block lost: layer %u, %s. truncate_to %llu. hint: truncate, send the tokens again",

@@ -461,11 +461,8 @@ static void groups_submit(struct winnow_core *core, struct winnow_session *sessi
 static bool read_advance(struct winnow_core *core, struct winnow_session *session)
 {
     struct winnow_op *op = &session->op;
-    int rc = op->fill_done ? 0 : winnow_plan_fill(core, session);
-    if (rc < 0) {
-        winnow_op_fail(op, -EIO, "the disk takes no reads (%s)", strerror(-rc));
-        return false;
-    }
+    if (!op->fill_done)
+        winnow_plan_fill(core, session);
     groups_submit(core, session);
     if (op->fill_done && op->group_first == op->group_next)
         return true;

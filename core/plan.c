@@ -81,8 +81,7 @@ static bool group_choose(const struct winnow_session *session, struct winnow_cur
 }
 
 struct winnow_load *winnow_load_take(struct winnow_core *core, struct winnow_session *session,
-                                     struct winnow_segment *segment, uint32_t block_idx,
-                                     uint32_t op_class)
+                                     struct winnow_segment *segment, uint32_t block_idx)
 {
     struct winnow_load *load = winnow_pool_take(core->loads);
     if (!load)
@@ -92,7 +91,7 @@ struct winnow_load *winnow_load_take(struct winnow_core *core, struct winnow_ses
                                  .session_handle = winnow_pool_handle(core->sessions, session),
                                  .op_number = session->op.number,
                                  .block_idx = block_idx,
-                                 .op_class = op_class};
+                                 .kind = session->op.request->kind};
     return load;
 }
 
@@ -154,21 +153,16 @@ struct batch {
     struct winnow_store_read read[N_READS_ONCE];
 };
 
-static int batch_send(struct winnow_core *core, struct winnow_session *session, struct batch *batch,
-                      enum winnow_io_priority priority)
+static void batch_send(struct winnow_core *core, struct winnow_session *session,
+                       struct batch *batch, enum winnow_io_priority priority)
 {
     if (batch->n == 0)
-        return 0;
-    int64_t deadline_ns = session->op.request ? session->op.request->deadline_ns
-                                              : core->now_ns + 60 * INT64_C(1000000000);
-    int rc = winnow_store_read(core->tiers.store, batch->read, batch->n, priority, deadline_ns);
-    if (rc == 0)
-        session->op.n_loads += batch->n;
-    else
-        for (uint32_t i = 0; i < batch->n; i++)
-            winnow_load_abandon(core, batch->load[i]);
+        return;
+    int rc = winnow_store_read(core->tiers.store, batch->read, batch->n, priority,
+                               session->op.request->deadline_ns);
+    winnow_assert(rc == 0); /* WINNOW_STORE_REQUESTS: one for each load, and for each spill */
+    session->op.n_loads += batch->n;
     batch->n = 0;
-    return rc;
 }
 
 void winnow_group_release(struct winnow_core *core, struct winnow_session *session,
@@ -233,8 +227,7 @@ static bool group_place(struct winnow_core *core, struct winnow_session *session
         uint32_t in_segment = op->layer * segment->shape.n_kv_heads * segment->n_blocks + of_layer;
         if (!load_place(core, session, staged, stage, &slot, &data))
             goto fail_give_all;
-        struct winnow_load *load = winnow_load_take(core, session, segment, in_segment,
-                                                    staged ? WINNOW_IO_EXACT : WINNOW_IO_DECODE);
+        struct winnow_load *load = winnow_load_take(core, session, segment, in_segment);
         if (!load) {
             if (slot)
                 winnow_arena_release(core->tiers.arena, slot - 1);
@@ -261,14 +254,13 @@ fail_give_all:
     return false;
 }
 
-int winnow_plan_fill(struct winnow_core *core, struct winnow_session *session)
+void winnow_plan_fill(struct winnow_core *core, struct winnow_session *session)
 {
     struct winnow_op *op = &session->op;
     struct batch batch = {0};
     struct winnow_stage stage = {0};
-    bool any_staged = false;
-    int rc = 0;
-    while (rc == 0 && !op->fill_done && op->group_next - op->group_first < WINNOW_N_GROUPS) {
+    enum winnow_io_priority priority = WINNOW_IO_DECODE;
+    while (!op->fill_done && op->group_next - op->group_first < WINNOW_N_GROUPS) {
         uint32_t group_idx = (uint32_t)(op->group_next % WINNOW_N_GROUPS);
         struct winnow_group *group = &op->run->group[group_idx];
         struct winnow_cursor cursor = op->cursor;
@@ -276,12 +268,13 @@ int winnow_plan_fill(struct winnow_core *core, struct winnow_session *session)
             op->fill_done = true;
             break;
         }
-        bool staged = reads_staged(core, session, group->head);
-        if (batch.n + WINNOW_GROUP_BLOCKS > N_READS_ONCE || (batch.n && any_staged != staged))
-            rc = batch_send(core, session, &batch, any_staged ? WINNOW_IO_EXACT : WINNOW_IO_DECODE);
-        if (rc < 0 || !group_place(core, session, group, group_idx, &batch, &stage))
+        enum winnow_io_priority of_group =
+            reads_staged(core, session, group->head) ? WINNOW_IO_EXACT : WINNOW_IO_DECODE;
+        if (batch.n + WINNOW_GROUP_BLOCKS > N_READS_ONCE || of_group != priority)
+            batch_send(core, session, &batch, priority);
+        priority = of_group;
+        if (!group_place(core, session, group, group_idx, &batch, &stage))
             break;
-        any_staged = staged;
         op->certificate.n_blocks_host += group->n - group->n_missing;
         op->certificate.n_blocks_disk += group->n_missing;
         if (group->n_missing == 0)
@@ -290,9 +283,7 @@ int winnow_plan_fill(struct winnow_core *core, struct winnow_session *session)
         op->group_next++;
     }
     winnow_stage_finish(core, &stage);
-    int rc_last =
-        batch_send(core, session, &batch, any_staged ? WINNOW_IO_EXACT : WINNOW_IO_DECODE);
-    return rc < 0 ? rc : rc_last;
+    batch_send(core, session, &batch, priority);
 }
 
 /* A verified block: into the cache, unless another step has put it there meanwhile. */
@@ -315,16 +306,14 @@ static void bytes_count(struct winnow_core *core, struct winnow_session *session
                         const struct winnow_load *load, uint32_t n_bytes)
 {
     struct winnow_core_stats *stats = session ? &session->stats : &core->stats;
-    if (load->counts_truncate)
-        stats->read_bytes_truncate += n_bytes;
-    else if (session && session->op.number == load->op_number && !session->op.pass) {
-        session->op.certificate.bytes_read += n_bytes;
+    if (load->kind == WINNOW_REQUEST_ATTEND)
         stats->read_bytes_attend += n_bytes;
-    } else {
-        if (session && session->op.number == load->op_number)
-            session->op.certificate.bytes_read += n_bytes;
+    else if (load->kind == WINNOW_REQUEST_TRUNCATE)
+        stats->read_bytes_truncate += n_bytes;
+    else
         stats->read_bytes_exact += n_bytes;
-    }
+    if (session && session->op.number == load->op_number)
+        session->op.certificate.bytes_read += n_bytes;
 }
 
 void winnow_load_done(struct winnow_core *core, const struct winnow_store_done *done)
@@ -342,7 +331,6 @@ void winnow_load_done(struct winnow_core *core, const struct winnow_store_done *
     if (waits) {
         session->op.n_loads--;
         load->cached = cached;
-        load->gone = done->result != 0;
         if (session->op.pass)
             winnow_chunk_loaded(core, session, load, done->result);
         else

@@ -57,11 +57,9 @@ struct winnow_load {
     uint32_t slot;      /* + 1; 0: staged */
     void *data;
     uint32_t group, place; /* of the op: which waits for it */
-    uint32_t op_class;     /* enum winnow_io_priority */
-    bool counts_truncate;
-    bool told;   /* its op knows the result */
-    bool cached; /* its slot is the cache's: pin it instead of holding it */
-    bool gone;   /* nothing came */
+    uint32_t kind; /* enum winnow_request_kind: whose bytes they are, when the op is over too */
+    bool told;     /* its op knows the result */
+    bool cached;   /* its slot is the cache's: pin it instead of holding it */
 };
 
 /* Staging that a batch of loads fills from its front: neighbours on disk are neighbours there. */
@@ -315,15 +313,14 @@ int winnow_pass_prepare(struct winnow_pass *pass, const struct winnow_session *s
 
 /* --- plan.c: from blocks wanted to blocks at hand --- */
 void winnow_plan_begin(struct winnow_session *session, uint8_t wanted, bool exact_too);
-/* Fills groups while there is room, starts reads. 0 or -errno of a read that cannot be asked for. */
-int winnow_plan_fill(struct winnow_core *core, struct winnow_session *session);
+/* Fills groups while there is room, starts reads. */
+void winnow_plan_fill(struct winnow_core *core, struct winnow_session *session);
 /* Pins or places are given back. */
 void winnow_group_release(struct winnow_core *core, struct winnow_session *session,
                           struct winnow_group *group);
 /* Where block `i` of a layer's segment can be had. */
 struct winnow_load *winnow_load_take(struct winnow_core *core, struct winnow_session *session,
-                                     struct winnow_segment *segment, uint32_t block_idx,
-                                     uint32_t op_class);
+                                     struct winnow_segment *segment, uint32_t block_idx);
 void winnow_load_abandon(struct winnow_core *core,
                          struct winnow_load *load); /* nothing was asked */
 void *winnow_stage_take(struct winnow_core *core, struct winnow_stage *stage, uint32_t block_bytes);
@@ -337,9 +334,9 @@ void winnow_chunk_loaded(struct winnow_core *core, struct winnow_session *sessio
 
 /* --- chunk.c: blocks of a pass --- */
 /* Fills a free chunk with all blocks from the op's cursor on that fit (one_head: of the cursor's KV
- * head alone), and moves the cursor. 0; -EAGAIN: none fits now; -errno: reads refused. */
-int winnow_chunk_fill(struct winnow_core *core, struct winnow_session *session,
-                      struct winnow_chunk *chunk, uint32_t chunk_idx, bool one_head);
+ * head alone), and moves the cursor. False: none fits now. */
+bool winnow_chunk_fill(struct winnow_core *core, struct winnow_session *session,
+                       struct winnow_chunk *chunk, uint32_t chunk_idx, bool one_head);
 void winnow_chunk_release(struct winnow_core *core, struct winnow_session *session,
                           struct winnow_chunk *chunk);
 

@@ -166,10 +166,7 @@ static bool advance_once(struct winnow_core *core, struct winnow_session *sessio
             }
             op->chunk_head = op->cursor.head;
             op->chunk_block = op->cursor.block_idx;
-            int rc = winnow_chunk_fill(core, session, chunk, 0, true);
-            if (rc < 0 && rc != -EAGAIN)
-                winnow_op_fail(op, -EIO, "the disk takes no reads (%s)", strerror(-rc));
-            return rc == 0;
+            return winnow_chunk_fill(core, session, chunk, 0, true);
         }
         if (chunk->state != WINNOW_CHUNK_READY)
             return false;

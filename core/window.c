@@ -345,13 +345,8 @@ static bool sealed_advance(struct winnow_core *core, struct winnow_session *sess
     }
     while (op->chunk_next < op->chunk_first + 2 && op->cursor.segment_idx < n_segments) {
         uint32_t chunk_idx = (uint32_t)(op->chunk_next % 2);
-        int rc = winnow_chunk_fill(core, session, &op->pass->chunk[chunk_idx], chunk_idx, false);
-        if (rc == -EAGAIN)
+        if (!winnow_chunk_fill(core, session, &op->pass->chunk[chunk_idx], chunk_idx, false))
             break;
-        if (rc < 0) {
-            winnow_op_fail(op, -EIO, "the disk takes no reads (%s)", strerror(-rc));
-            return false;
-        }
         op->chunk_next++;
     }
     if (op->chunk_first == op->chunk_next)

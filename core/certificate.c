@@ -78,9 +78,7 @@ void winnow_certificate_close(struct winnow_core *core, struct winnow_session *s
 {
     struct winnow_op *op = &session->op;
     struct winnow_core_certificate *c = &op->certificate;
-    bool may_degrade =
-        session->options.allow_degraded || (op->request->attend.flags & WINNOW_ITEM_ALLOW_DEGRADED);
-    (void)core;
+    bool may_degrade = winnow_op_may_degrade(session);
     mass_take(session, c);
     if (!any_sparse(session))
         c->verdict = WINNOW_VERDICT_EXACT;

@@ -168,12 +168,7 @@ void winnow_chunk_loaded(struct winnow_core *core, struct winnow_session *sessio
         chunk->data[load->place] = load->data;
         chunk->source[load->place] = WINNOW_FROM_STAGING;
     } else {
-        op->request->truncate_to = load->segment->first_token;
-        winnow_op_fail(
-            op, result == -ETIMEDOUT ? -ETIMEDOUT : -ENODATA,
-            "block lost: layer %u, %s. truncate_to %llu. hint: truncate, send the tokens again",
-            op->layer, result == -ETIMEDOUT ? "disk late" : "disk sum",
-            (unsigned long long)load->segment->first_token);
+        winnow_op_lost(op, load->segment, result);
     }
     if (--chunk->n_missing == 0)
         chunk->state = WINNOW_CHUNK_READY;

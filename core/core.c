@@ -357,6 +357,19 @@ static void op_release(struct winnow_core *core, struct winnow_session *session)
     op->n_slots = 0;
 }
 
+void winnow_op_lost(struct winnow_op *op, const struct winnow_segment *segment, int result)
+{
+    if (result == -ETIMEDOUT) {
+        winnow_op_fail(op, -ETIMEDOUT, "the disk is late: layer %u. hint: a later deadline",
+                       op->layer);
+        return;
+    }
+    op->request->truncate_to = segment->first_token;
+    winnow_op_fail(op, -ENODATA,
+                   "block lost: layer %u. hint: truncate to %llu, send the tokens again", op->layer,
+                   (unsigned long long)segment->first_token);
+}
+
 bool winnow_op_slots_take(struct winnow_core *core, struct winnow_session *session, uint32_t n)
 {
     struct winnow_op *op = &session->op;

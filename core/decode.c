@@ -255,6 +255,7 @@ static void exact_choose(struct winnow_core *core, struct winnow_session *sessio
     struct winnow_op *op = &session->op;
     const struct winnow_context *context = session->context;
     uint32_t n_heads = context->shape.n_kv_heads;
+    bool may_degrade = winnow_op_may_degrade(session); /* by estimates: whole heads have none */
     uint64_t n_sealed = (uint64_t)context->layer[op->layer].n_segments * context->segment_tokens;
     op->whole = op->mass >= 1 || op->policy == WINNOW_POLICY_EXACT ||
                 (op->request->attend.flags & WINNOW_ITEM_EXACT) ||
@@ -262,7 +263,7 @@ static void exact_choose(struct winnow_core *core, struct winnow_session *sessio
     for (uint32_t head = 0; head < n_heads; head++) {
         const struct winnow_heavy *heavy = &session->heavy[op->layer * n_heads + head];
         bool looks_again = heavy->n_steps % WINNOW_HEAVY_STEPS == WINNOW_HEAVY_STEPS - 1;
-        op->run->exact[head] = op->whole || (heavy->heavy && !looks_again);
+        op->run->exact[head] = op->whole || (heavy->heavy && !looks_again && !may_degrade);
     }
     op->certificate.n_blocks_total = n_heads * op->run->n_blocks;
 }
@@ -323,8 +324,6 @@ void winnow_decode_loaded(struct winnow_core *core, struct winnow_session *sessi
     struct winnow_op *op = &session->op;
     struct winnow_group *group = &op->run->group[load->group];
     uint32_t i = load->place;
-    bool may_miss =
-        session->options.allow_degraded || (op->request->attend.flags & WINNOW_ITEM_ALLOW_DEGRADED);
     if (result == 0) {
         group->data[i] = load->data;
         group->slot[i] = load->slot ? load->slot - 1 : 0;
@@ -333,7 +332,7 @@ void winnow_decode_loaded(struct winnow_core *core, struct winnow_session *sessi
                                         : WINNOW_FROM_STAGING;
         if (load->cached)
             winnow_arena_pin(core->tiers.arena, load->slot - 1);
-    } else if (may_miss && !op->run->exact[group->head]) {
+    } else if (winnow_op_may_degrade(session) && !op->run->exact[group->head]) {
         struct winnow_selection *selection = &op->run->selection[group->head];
         uint32_t G = selection->n_q, block = group->block[i];
         group->data[i] = NULL; /* compensated like one that was not selected */
@@ -343,12 +342,7 @@ void winnow_decode_loaded(struct winnow_core *core, struct winnow_session *sessi
         op->certificate.n_blocks_missed++;
         op->certificate.reason = (uint32_t)-result;
     } else {
-        op->request->truncate_to = load->segment->first_token;
-        winnow_op_fail(
-            op, result == -ETIMEDOUT ? -ETIMEDOUT : -ENODATA,
-            "block lost: layer %u, %s. truncate_to %llu. hint: truncate, send the tokens again",
-            op->layer, result == -ETIMEDOUT ? "disk late" : "disk sum",
-            (unsigned long long)load->segment->first_token);
+        winnow_op_lost(op, load->segment, result);
     }
     winnow_assert(group->n_missing > 0);
     if (--group->n_missing == 0)

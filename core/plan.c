@@ -9,6 +9,7 @@
 // Blocks that everything-reads bring in go through staging and are not admitted to the cache: one
 // such step would flush it.
 #include <base/assert.h>
+#include <base/clock.h>
 #include <core/session.h>
 #include <errno.h>
 #include <string.h>
@@ -153,13 +154,22 @@ struct batch {
     struct winnow_store_read read[N_READS_ONCE];
 };
 
+/* What may be answered without a late block must know in time that it is late. */
+static int64_t read_deadline(const struct winnow_core *core, const struct winnow_session *session)
+{
+    int64_t deadline_ns = session->op.request->deadline_ns;
+    if (deadline_ns == WINNOW_NEVER_NS || !winnow_op_may_degrade(session))
+        return deadline_ns;
+    return deadline_ns - (deadline_ns - core->now_ns) / 4;
+}
+
 static void batch_send(struct winnow_core *core, struct winnow_session *session,
                        struct batch *batch, enum winnow_io_priority priority)
 {
     if (batch->n == 0)
         return;
     int rc = winnow_store_read(core->tiers.store, batch->read, batch->n, priority,
-                               session->op.request->deadline_ns);
+                               read_deadline(core, session));
     winnow_assert(rc == 0); /* WINNOW_STORE_REQUESTS: one for each load, and for each spill */
     session->op.n_loads += batch->n;
     batch->n = 0;

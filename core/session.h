@@ -272,6 +272,8 @@ struct winnow_core {
 void winnow_op_fail(struct winnow_op *op, int error, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 void winnow_op_end(struct winnow_core *core, struct winnow_session *session);
+/* A block of the segment did not come: -ENODATA with truncate_to; -ETIMEDOUT: it is late, not lost. */
+void winnow_op_lost(struct winnow_op *op, const struct winnow_segment *segment, int result);
 /* n slots, all or none, of the session's block size into op->slot; given back with the op while
  * n_slots says so. */
 bool winnow_op_slots_take(struct winnow_core *core, struct winnow_session *session, uint32_t n);
@@ -362,6 +364,13 @@ void winnow_spill_done(struct winnow_core *core, const struct winnow_store_done 
 
 /* --- certificate.c --- */
 void winnow_certificate_close(struct winnow_core *core, struct winnow_session *session);
+
+/* A decode step that may answer with the estimate of a block that is lost or late. */
+static inline bool winnow_op_may_degrade(const struct winnow_session *session)
+{
+    return session->options.allow_degraded ||
+           (session->op.request->attend.flags & WINNOW_ITEM_ALLOW_DEGRADED);
+}
 
 static inline uint32_t winnow_group_heads(const struct winnow_model_shape *shape)
 {

@@ -100,11 +100,51 @@ static void test_deadline__closed_owner_leaves_no_request(void)
     sim_world_finish(&world);
 }
 
+/* A step that may degrade answers before its deadline, with the late block's estimate. */
+static void test_deadline__late_block_is_compensated_in_time(void)
+{
+    struct sim_world world;
+    sim_text_spilled(&text, &world, &(struct sim_options){.seed = test_seed()});
+    winnow_sim_disk_fail(world.disk, WINNOW_IO_READ, 1, 1 << 20, WINNOW_SIM_STUCK);
+    sim_text_step_make(&text, &first, 0, 1500, 0.9f, out);
+    first.request.attend.flags |= WINNOW_ITEM_ALLOW_DEGRADED;
+    text.within_ns = SOON_NS;
+    CHECK_EQ(sim_text_run(&text, &first.request), 0);
+    const struct winnow_core_certificate *c = &first.request.attend.certificate;
+    CHECK_EQ(c->verdict, WINNOW_VERDICT_DEGRADED);
+    CHECK_EQ(c->reason, ETIMEDOUT);
+    CHECK(c->n_blocks_missed > 0 && c->n_blocks_missed <= c->n_blocks_disk);
+    CHECK(c->mass_reached < 0.9f);
+    for (uint32_t i = 0; i < 4 * 256; i++)
+        CHECK(isfinite(out[i]));
+    CHECK_EQ(sim_text_step(&text, 1, 1500, 1, out), -ETIMEDOUT); /* all was asked for */
+    sim_world_finish(&world);
+}
+
+/* What a step asked for counts as a step's bytes, also when it comes after the step's end. */
+static void test_deadline__late_bytes_are_the_steps(void)
+{
+    struct sim_world world;
+    struct winnow_request before = {.kind = WINNOW_REQUEST_STATS}, after = before;
+    sim_text_spilled(&text, &world, &(struct sim_options){.seed = test_seed()});
+    CHECK_EQ(sim_text_run(&text, &before), 0);
+    winnow_sim_disk_fail(world.disk, WINNOW_IO_READ, 1, 1 << 20, WINNOW_SIM_LATE);
+    text.within_ns = SOON_NS;
+    CHECK_EQ(sim_text_step(&text, 0, 1500, 0.9f, out), -ETIMEDOUT);
+    sim_world_settle(&world);
+    CHECK_EQ(sim_text_run(&text, &after), 0);
+    CHECK(after.stats.read_bytes_attend > before.stats.read_bytes_attend);
+    CHECK_EQ(after.stats.read_bytes_exact, before.stats.read_bytes_exact);
+    sim_world_finish(&world);
+}
+
 int main(int argc, char **argv)
 {
     TEST_INIT(argc, argv);
     TEST_RUN(test_deadline__disk_that_never_answers);
     TEST_RUN(test_deadline__queued_request_ends_by_its_own);
     TEST_RUN(test_deadline__closed_owner_leaves_no_request);
+    TEST_RUN(test_deadline__late_block_is_compensated_in_time);
+    TEST_RUN(test_deadline__late_bytes_are_the_steps);
     return TEST_END();
 }

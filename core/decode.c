@@ -97,7 +97,7 @@ static int query_convert(struct winnow_core *core, struct winnow_session *sessio
     return rc;
 }
 
-/* The new token's K and V as fp32, in memory that the groups use later. */
+/* The new token's K and V as fp32. */
 static int token_convert(struct winnow_core *core, struct winnow_session *session, float **k,
                          float **v)
 {
@@ -106,9 +106,8 @@ static int token_convert(struct winnow_core *core, struct winnow_session *sessio
     struct winnow_op *op = &session->op;
     size_t n_k = (size_t)shape->n_kv_heads * shape->k_width;
     size_t n_v = (size_t)shape->n_kv_heads * shape->v_width;
-    winnow_assert(n_k + n_v <= WINNOW_N_GROUPS * winnow_partial_floats(shape));
-    *k = op->run->partial;
-    *v = op->run->partial + n_k;
+    *k = op->run->kv;
+    *v = op->run->kv + n_k;
     if (kernels->to_float(shape->io_dtype, n_k, op->request->attend.k, *k) == 0 &&
         kernels->to_float(shape->io_dtype, n_v, op->request->attend.v, *v) == 0)
         return 0;

@@ -26,6 +26,7 @@ static size_t run_cut(struct winnow_run *run, uint8_t *base, const struct winnow
     uint32_t n_kv = shape->n_kv_heads, n_q = shape->n_q_heads, G = winnow_group_heads(shape);
     size_t partial_floats = winnow_partial_floats(shape);
     run->q = cut(&c, (size_t)n_q * shape->k_width, sizeof(float));
+    run->kv = cut(&c, (size_t)n_kv * (shape->k_width + shape->v_width), sizeof(float));
     run->acc = cut(&c, n_kv * partial_floats, sizeof(float));
     run->base = cut(&c, n_kv * partial_floats, sizeof(float));
     run->partial = cut(&c, WINNOW_N_GROUPS * partial_floats, sizeof(float));

@@ -79,6 +79,12 @@ static int shape_check(struct winnow_core *core, struct winnow_request *request)
     int rc = winnow_model_shape_check(shape, request->text);
     if (rc < 0)
         return rc;
+    if (shape->n_layers > WINNOW_LAYERS_MAX || shape->n_kv_heads > WINNOW_KV_HEADS_MAX) {
+        snprintf(request->text, sizeof request->text,
+                 "n_layers %u, n_kv_heads %u: at most %d and %d are served", shape->n_layers,
+                 shape->n_kv_heads, WINNOW_LAYERS_MAX, WINNOW_KV_HEADS_MAX);
+        return -EINVAL;
+    }
     uint64_t need_bytes = winnow_core_session_need_bytes(core, shape, sum);
     if (need_bytes > core->options.host_pool_bytes) {
         snprintf(

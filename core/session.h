@@ -28,6 +28,9 @@ enum {
     WINNOW_N_LOADS = 4096,         /* reads outstanding */
     WINNOW_N_ITEMS = 1024,
     WINNOW_N_PASSES = 2, /* exact windows at once */
+    WINNOW_LAYERS_MAX = 256,
+    WINNOW_KV_HEADS_MAX =
+        128, /* a phase of a window sends 8 items a head: WINNOW_N_ITEMS of them */
     WINNOW_HEAVY_STEPS = 64,
     WINNOW_N_RETIRED = 64, /* growths of the workers' scratch */
 };
@@ -106,6 +109,7 @@ struct winnow_run {
     void *memory;
     size_t memory_bytes;
     float *q;                           /* [n_q_heads][k_width] */
+    float *kv;                          /* [n_kv_heads][k_width], then [n_kv_heads][v_width] */
     float *acc;                         /* [n_kv_heads] partials, joined so far */
     float *base;                        /* [n_kv_heads] partials of the resident blocks alone */
     float *partial;                     /* [WINNOW_N_GROUPS] partials */

@@ -246,7 +246,7 @@ static inline int bed_step(struct bed *bed, const struct bed_model *model, uint6
                            float *out, struct winnow_request *ret_request)
 {
     const struct winnow_model_shape *s = &model->shape;
-    static float q[64 * 256], k[64 * 256], v[64 * 256];
+    static float q[128 * 256], k[128 * 256], v[128 * 256];
     bed_rows(model, BED_Q, layer, position, s->n_q_heads, s->k_width, q);
     bed_rows(model, BED_K, layer, position, s->n_kv_heads, s->k_width, k);
     bed_rows(model, BED_V, layer, position, s->n_kv_heads, s->v_width, v);
@@ -274,7 +274,7 @@ static inline double bed_error(const struct bed_model *model, uint32_t layer, ui
 {
     const struct winnow_model_shape *s = &model->shape;
     uint32_t G = s->n_q_heads / s->n_kv_heads, n = (uint32_t)position + 1;
-    static float q[64 * 256], row[64 * 256];
+    static float q[128 * 256], row[128 * 256];
     double *logit = malloc((size_t)n * s->n_q_heads * sizeof *logit), worst = 0;
     double *dense = calloc((size_t)s->n_q_heads * s->v_width, sizeof *dense);
     double *largest = malloc(s->n_q_heads * sizeof *largest),

@@ -181,6 +181,41 @@ static void test_core__bad_requests_change_nothing(void)
     bed_finish(&bed);
 }
 
+/* Shapes at the edge of what is served work; one beyond is refused. */
+static void test_core__edges_of_shapes(void)
+{
+    struct bed bed;
+    static const struct {
+        uint32_t n_layers, n_q_heads, n_kv_heads, k_width, v_width;
+        int rc;
+    } edge[] = {{1, 128, 128, 256, 16, 0},
+                {1, 16, 1, 16, 256, 0},
+                {256, 1, 1, 16, 16, 0},
+                {1, 129, 129, 16, 16, -EINVAL},
+                {257, 1, 1, 16, 16, -EINVAL}};
+    static float out[128 * 256];
+    bed_init(&bed, &(struct bed_options){.host_pool_bytes = 128 << 20, .segment_tokens = 128});
+    for (size_t i = 0; i < sizeof edge / sizeof *edge; i++) {
+        struct bed_model model = small_model(WINNOW_FP16);
+        model.shape.n_layers = edge[i].n_layers;
+        model.shape.n_q_heads = edge[i].n_q_heads;
+        model.shape.n_kv_heads = edge[i].n_kv_heads;
+        model.shape.k_width = edge[i].k_width;
+        model.shape.v_width = edge[i].v_width;
+        struct winnow_request open = {.kind = WINNOW_REQUEST_OPEN, .open = {.shape = model.shape}};
+        CHECK_EQ(bed_run(&bed, &open), edge[i].rc);
+        if (edge[i].rc < 0)
+            continue;
+        uint64_t id = open.open.ret_session_id;
+        for (uint64_t position = 0; position < 3; position++)
+            CHECK_EQ(bed_step(&bed, &model, id, 1, 0, position, 0, out, NULL), 0);
+        CHECK(bed_error(&model, 0, 2, out) < 2e-3);
+        struct winnow_request close = {.kind = WINNOW_REQUEST_CLOSE, .session_id = id};
+        CHECK_EQ(bed_run(&bed, &close), 0);
+    }
+    bed_finish(&bed);
+}
+
 int main(int argc, char **argv)
 {
     TEST_INIT(argc, argv);
@@ -190,5 +225,6 @@ int main(int argc, char **argv)
     TEST_RUN(test_core__fork_shares_and_parts);
     TEST_RUN(test_core__truncate_restores_survivors);
     TEST_RUN(test_core__bad_requests_change_nothing);
+    TEST_RUN(test_core__edges_of_shapes);
     return TEST_END();
 }

@@ -1,7 +1,7 @@
 // The forward pass.
 //
 // Decode is bound by memory: 96 MB of weights a token. A product's rows are shared out in tiles of
-// 48; the norms and the packing of the vector (2 to 3 us each) are the caller's alone. While winnowd
+// 32; the norms and the packing of the vector (2 to 3 us each) are the caller's alone. While winnowd
 // attends, the team rests: the cores are winnowd's.
 //
 // A window is bound by arithmetic: whoever takes a tile of 64 rows unpacks it to fp32, small enough
@@ -23,7 +23,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { STEP_ROWS = 48, TILE_ROWS = 64, VOCAB_TILE_ROWS = 1024, ROWS_AT_ONCE = 16 };
+enum { STEP_ROWS = 32, TILE_ROWS = 64, VOCAB_TILE_ROWS = 1024, ROWS_AT_ONCE = 16 };
 enum { N_PRODUCTS_MAX = 3 };
 
 /* out [.][matrix rows] = (or +=) the input x matrix^T. */

@@ -5,10 +5,13 @@
 // and where another process has one of the cores, each barrier waited for its time slice (20 ms a
 // token in place of 5). Here the caller starts at once and does alone what nobody else takes.
 //
-// One word holds the run's id (high half) and its items left (low half). Taking an item is a
-// compare-and-swap on it, so an item is never taken for a run that has ended: fn and arg are written
-// before the word (release), and cannot change while an item of their run is out. Items go out in
-// rising order: falling, they defeat the processor's prefetch and a product takes twice the time.
+// Each thread begins with a stretch of items of its own and goes up in it; done with that, it takes
+// what is left of the others'. Rejected: one common count. Neighbouring rows then go to different
+// threads, the processor's prefetch follows neither, and two threads are no faster than one.
+//
+// Taking an item is a compare-and-swap on its stretch's count of items left. What a run is (fn, arg,
+// each stretch's end) is written before the counts (release) and read after an item was taken
+// (acquire); it cannot change while an item is out, since the caller waits for all.
 #include "team.h"
 
 #include <errno.h>
@@ -32,14 +35,18 @@ struct worker {
     uint32_t thread_idx;
 };
 
+struct stretch {
+    _Alignas(64) _Atomic uint32_t n_left;
+    uint32_t end; /* the item after its last */
+};
+
 struct team {
     uint32_t n_threads, n_started;
     team_fn *fn;
     void *arg;
-    uint32_t n_items;
-    _Alignas(64) _Atomic uint64_t items; /* run id << 32 | items left */
     _Alignas(64) _Atomic uint32_t n_done;
     _Alignas(64) _Atomic uint32_t state; /* the futex that resting workers sleep on */
+    struct stretch stretches[N_THREADS_MAX];
     struct worker workers[N_THREADS_MAX];
 };
 
@@ -51,18 +58,31 @@ static void pause_briefly(uint32_t *n_spins)
         sched_yield();
 }
 
-/* Does one item, if there is one left. */
+static bool item_take(struct stretch *stretch, uint32_t *item_idx)
+{
+    uint32_t n_left = atomic_load_explicit(&stretch->n_left, memory_order_acquire);
+    do {
+        if (n_left == 0)
+            return false;
+    } while (!atomic_compare_exchange_weak_explicit(&stretch->n_left, &n_left, n_left - 1,
+                                                    memory_order_acquire, memory_order_acquire));
+    *item_idx = stretch->end - n_left;
+    return true;
+}
+
+/* Does one item, if there is one left: of the thread's own stretch, else of the next that has one. */
 static bool item_do(struct team *team, uint32_t thread_idx)
 {
-    uint64_t items = atomic_load_explicit(&team->items, memory_order_acquire);
-    do {
-        if ((uint32_t)items == 0)
-            return false;
-    } while (!atomic_compare_exchange_weak_explicit(&team->items, &items, items - 1,
-                                                    memory_order_acquire, memory_order_acquire));
-    team->fn(team->arg, team->n_items - (uint32_t)items, thread_idx);
-    atomic_fetch_add_explicit(&team->n_done, 1, memory_order_release);
-    return true;
+    uint32_t item_idx;
+
+    for (uint32_t i = 0; i < team->n_threads; i++) {
+        if (!item_take(&team->stretches[(thread_idx + i) % team->n_threads], &item_idx))
+            continue;
+        team->fn(team->arg, item_idx, thread_idx);
+        atomic_fetch_add_explicit(&team->n_done, 1, memory_order_release);
+        return true;
+    }
+    return false;
 }
 
 static void *worker_main(void *arg)
@@ -89,16 +109,22 @@ static void state_set(struct team *team, uint32_t state)
         syscall(SYS_futex, &team->state, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
 }
 
+static void stretch_set(struct stretch *stretch, uint32_t first, uint32_t end)
+{
+    stretch->end = end;
+    atomic_store_explicit(&stretch->n_left, end - first, memory_order_release);
+}
+
 void team_run(struct team *team, team_fn *fn, void *arg, uint32_t n_items)
 {
-    const uint64_t run_id = (atomic_load_explicit(&team->items, memory_order_relaxed) >> 32) + 1;
     uint32_t n_spins = 0;
 
     team->fn = fn;
     team->arg = arg;
-    team->n_items = n_items;
     atomic_store_explicit(&team->n_done, 0, memory_order_relaxed);
-    atomic_store_explicit(&team->items, run_id << 32 | n_items, memory_order_release);
+    for (uint32_t i = 0, first = 0; i < team->n_threads; i++, first = team->stretches[i - 1].end)
+        stretch_set(&team->stretches[i], first,
+                    (uint32_t)((uint64_t)n_items * (i + 1) / team->n_threads));
     if (atomic_load_explicit(&team->state, memory_order_relaxed) == RESTING)
         state_set(team, WORKING);
     while (item_do(team, 0))

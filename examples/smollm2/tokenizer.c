@@ -3,7 +3,8 @@
 //
 // Merging is where it can go wrong: looking for the best pair again after each merge is quadratic,
 // and a file of 100,000 letters without a space is one word. A heap of candidate pairs makes it
-// n log n; a pair whose halves have been merged away since is recognised by its ids and dropped.
+// n log n; a pair whose halves have been merged since is recognised by its ids (a merged symbol has
+// another id, the one it swallowed has none) and dropped.
 //
 // Splitting works on one part at a time as the whole subject, because the rule's lookahead must not
 // see past the digit at which an earlier rule has split.
@@ -409,11 +410,10 @@ static int encode_word(struct tokenizer *t, const char *word, size_t n_bytes, st
         struct candidate best = heap_take(t);
         const struct merge *merge = &t->merges[best.rank];
         struct symbol *left = &t->symbols[best.left], *right = &t->symbols[best.right];
-        if (left->next != best.right || left->id != merge->left_id || right->id != merge->right_id)
+        if (left->id != merge->left_id || right->id != merge->right_id)
             continue;
         left->id = merge->merged_id;
         left->next = right->next;
-        right->next = NONE;
         right->id = UINT32_MAX;
         if (left->next >= 0)
             t->symbols[left->next].previous = best.left;

@@ -113,6 +113,9 @@ static void test_gguf__huge_numbers_are_refused(void)
     CHECK_EQ(parse_exactly(build.n_bytes), -EBADMSG);
     build_header(&build, 0, 1ull << 40);
     CHECK_EQ(parse_exactly(build.n_bytes), -EBADMSG);
+    build_header(&build, 65536, 0); /* no table of 6 MB for a file of 24 bytes */
+    CHECK_EQ(parse_exactly(build.n_bytes), -EBADMSG);
+    CHECK(strstr(fault_text(), "do not fit this file"));
 
     build_header(&build, 0, 1);
     build_array(&build, "a", GGUF_U64, UINT64_MAX / 8 + 2); /* its size wraps to 8 bytes */

@@ -44,12 +44,12 @@ static void test_json__commas_and_nesting(void)
 static void test_json__texts_are_valid(void)
 {
     static const char bytes[] =
-        "a\"\\\n\x01\0z \xc3\xa9 \xf0\x9f\x98\x80 \xc3 \xff \xed\xa0\x80 \xc0\xaf"
+        "a\"\\\n\x1f\0z \xc3\xa9 \xf0\x9f\x98\x80 \xc3 \xff \xed\xa0\x80 \xc0\xaf"
         " \xf4\x90\x80\x80 \xe2\x82";
 
     begin();
     json_text(&json, NULL, bytes, sizeof bytes - 1);
-    check("\"a\\\"\\\\\\n\\u0001\\u0000z \xc3\xa9 \xf0\x9f\x98\x80 \\ufffd \\ufffd "
+    check("\"a\\\"\\\\\\n\\u001f\\u0000z \xc3\xa9 \xf0\x9f\x98\x80 \\ufffd \\ufffd "
           "\\ufffd\\ufffd\\ufffd \\ufffd\\ufffd \\ufffd\\ufffd\\ufffd\\ufffd \\ufffd\\ufffd\"");
 }
 

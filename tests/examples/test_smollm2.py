@@ -29,11 +29,12 @@ ANSWER_KEYS = {"text", "token_ids", "share_read", "mass_reached", "verdicts"}
 class Fixture:
     """A winnowd with a small pool, and a folder for files."""
 
-    def __init__(self, bin_dir: Path, folder: Path) -> None:
+    def __init__(self, bin_dir: Path, folder: Path, host_pool: str = "48MiB") -> None:
         self.bin_dir, self.folder, self.socket = bin_dir, folder, folder / "winnow.sock"
-        (folder / "data").mkdir()
-        options = ["--host-pool", "48MiB", "--disk-cap", "512MiB"]
-        command = [bin_dir / "winnowd", "--socket", self.socket, "--data-dir", folder / "data"]
+        self.data = folder / "data"
+        self.data.mkdir(parents=True)
+        options = ["--host-pool", host_pool, "--disk-cap", "512MiB"]
+        command = [bin_dir / "winnowd", "--socket", self.socket, "--data-dir", self.data]
         self.log = (folder / "winnowd.log").open("w+")
         self.daemon = subprocess.Popen([*command, *options], stderr=self.log, stdout=self.log)
         deadline = time.monotonic() + 20
@@ -213,6 +214,63 @@ def test_chat_keeps_its_turns(fixture: Fixture) -> None:
         alone = fixture.json("complete", *options)["completions"][0]
         assert alone["text"] == answer, (alone, done.stdout)
         transcript += turn + answer + "<|im_end|>\n"
+
+
+def damage(folder: Path) -> int:
+    """Changes a byte of every page of the data files; how many pages."""
+    n_pages = 0
+    for path in folder.rglob("*"):
+        if not path.is_file() or path.stat().st_size < 1 << 20:
+            continue
+        with path.open("r+b", buffering=0) as data:
+            for offset in range(0, path.stat().st_size, 4096):
+                byte = os.pread(data.fileno(), 1, offset)
+                os.pwrite(data.fileno(), bytes([byte[0] ^ 0x55]), offset)
+                n_pages += 1
+            os.fsync(data.fileno())
+    return n_pages
+
+
+def two_turns(fixture: Fixture, between: Callable[[], None]) -> list[str]:
+    """A chat whose first turn is a text of 1,900 tokens: its two answers."""
+    command = [fixture.bin_dir / "smollm2", "--socket", fixture.socket, "--model", MODEL, "chat"]
+    text = (DOCUMENTS / "retrieval-2000.txt").read_text().replace("\n", " ")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    chat = subprocess.Popen([*command, "--mass", "1", "--tokens", "12"], text=True, **pipes)
+    assert chat.stdin and chat.stdout
+    answers = []
+    for line in (text + " What is the name of the baker's cat?", "And what is its colour?"):
+        chat.stdin.write(line + "\n")
+        chat.stdin.flush()
+        part = ""
+        while "share read" not in part:
+            assert (more := chat.stdout.readline()), part
+            part += more
+        answers.append(part.split("\n[")[0])
+        between()
+    chat.stdin.close()
+    assert chat.wait(60) == 0
+    return answers
+
+
+def test_lost_blocks_are_sent_again(fixture: Fixture) -> None:
+    """With every page of the disk damaged between two turns the answers are those of a run
+    undisturbed: what is lost is cut away and its tokens are sent again."""
+    small = Fixture(fixture.bin_dir, fixture.folder / "small", host_pool="24MiB")
+    pages: list[int] = []
+    try:
+        undisturbed = two_turns(small, lambda: None)
+        damaged = two_turns(small, lambda: pages.append(damage(small.data)))
+        status = json.loads(
+            subprocess.check_output(
+                [small.bin_dir / "winnow", "status", "--json", "--socket", small.socket]
+            )
+        )
+    finally:
+        small.stop()
+    assert pages[0] > 1000, pages
+    assert any(row["reason"] == "ENODATA" and row["n"] > 0 for row in status["errors"]), status
+    assert damaged == undisturbed, (damaged, undisturbed)
 
 
 def peak_rss_bytes(fixture: Fixture, n_bytes: int) -> int:

@@ -25,8 +25,16 @@ static const char *const vocabulary[] = {"<|a|>",
                                          "bc",
                                          "\xc4\xa0"
                                          "a",
-                                         "\xc3\x83" /* byte 0xc3 */};
-enum { N_VOCABULARY = sizeof vocabulary / sizeof *vocabulary, SPACE = 5, ONE = 6, BYTE_C3 = 14 };
+                                         "\xc3\x83" /* byte 0xc3 */,
+                                         "aa",
+                                         "a<"};
+enum {
+    N_VOCABULARY = sizeof vocabulary / sizeof *vocabulary,
+    SPACE = 5,
+    ONE = 6,
+    BYTE_C3 = 14,
+    AA = 15
+};
 
 static void build_vocabulary(uint32_t n_merges, const char *const *merges, const char *pre)
 {
@@ -74,15 +82,17 @@ static void check_ids(const char *text, bool special, const uint32_t *ids, uint3
     check_ids(text, special, (const uint32_t[]){__VA_ARGS__},                                      \
               sizeof((const uint32_t[]){__VA_ARGS__}) / sizeof(uint32_t))
 
-static const char *const merges[] = {"b c", "a b", "\xc4\xa0 a", "ab c"};
+static const char *const merges[] = {"b c", "a b", "\xc4\xa0 a", "ab c", "a a", "a <"};
+enum { N_MERGES = sizeof merges / sizeof *merges };
 
 /* The best rank merges first, and the leftmost of equals: abc is a + bc, although ab + c exists. */
 static void test_tokenizer__best_rank_merges_first(void)
 {
-    CHECK_EQ(create(4, merges, "smollm"), 0);
+    CHECK_EQ(create(N_MERGES, merges, "smollm"), 0);
     CHECK_IDS("abc", false, 2, 12);
     CHECK_IDS("ab", false, 10);
     CHECK_IDS("abab", false, 10, 10);
+    CHECK_IDS("aaa", false, AA, 2);
     destroy();
 
     const char *const others[] = {"a b", "b c", "ab c"};
@@ -94,8 +104,10 @@ static void test_tokenizer__best_rank_merges_first(void)
 /* A digit is a word of its own, and the space before it stays behind. */
 static void test_tokenizer__digits_split(void)
 {
-    CHECK_EQ(create(4, merges, "smollm"), 0);
+    CHECK_EQ(create(N_MERGES, merges, "smollm"), 0);
     CHECK_IDS("a11 a", false, 2, ONE, ONE, 13);
+    CHECK_IDS("a<1", false, 2, 7,
+              ONE); /* the gap before a digit is words too: no merge over them */
     CHECK_IDS("a  1", false, 2, SPACE, SPACE, ONE);
     CHECK_IDS("b  a", false, 3, SPACE, 13);
     destroy();
@@ -104,7 +116,7 @@ static void test_tokenizer__digits_split(void)
 /* Special tokens are text unless asked for; then the longest at a place wins. */
 static void test_tokenizer__special_tokens_only_when_asked(void)
 {
-    CHECK_EQ(create(4, merges, "smollm"), 0);
+    CHECK_EQ(create(N_MERGES, merges, "smollm"), 0);
     CHECK_IDS("<|a|>", false, 7, 8, 2, 8, 9);
     CHECK_IDS("c<|a|>c", true, 4, 0, 4);
     CHECK_IDS("<|a|>b<|c", true, 1, 4);
@@ -116,7 +128,7 @@ static void test_tokenizer__special_tokens_only_when_asked(void)
 /* Bytes that are no UTF-8 keep their tokens; those without one are left out. */
 static void test_tokenizer__any_bytes_are_encoded(void)
 {
-    CHECK_EQ(create(4, merges, "smollm"), 0);
+    CHECK_EQ(create(N_MERGES, merges, "smollm"), 0);
     CHECK_IDS("a\xc3"
               "b\xff",
               false, 2, BYTE_C3, 3);
@@ -132,7 +144,7 @@ static void test_tokenizer__long_words_are_fast(void)
     CHECK(text);
     for (int i = 0; i < N_LETTERS; i++)
         text[i] = "ab"[i % 2];
-    CHECK_EQ(create(4, merges, "smollm"), 0);
+    CHECK_EQ(create(N_MERGES, merges, "smollm"), 0);
     CHECK_EQ(tokenizer_encode(tokenizer, text, N_LETTERS, false, &tokens), 0);
     CHECK_EQ(tokens.n_ids, N_LETTERS / 2);
     CHECK_EQ(tokens.ids[N_LETTERS / 2 - 1], 10);
@@ -145,7 +157,7 @@ static void test_tokenizer__pieces_are_bytes(void)
 {
     char piece[TOKENIZER_PIECE_BYTES_MAX];
 
-    CHECK_EQ(create(4, merges, "smollm"), 0);
+    CHECK_EQ(create(N_MERGES, merges, "smollm"), 0);
     CHECK_EQ(tokenizer_piece(tokenizer, 13, piece), 2);
     CHECK(!memcmp(piece, " a", 2));
     CHECK_EQ(tokenizer_piece(tokenizer, BYTE_C3, piece), 1);
@@ -160,7 +172,7 @@ static void test_tokenizer__foreign_vocabularies_are_refused(void)
 {
     const char *const bad[] = {"a z", "ab", " a", "a b c", "c c"};
 
-    CHECK_EQ(create(4, merges, "llama3"), -ENOTSUP);
+    CHECK_EQ(create(N_MERGES, merges, "llama3"), -ENOTSUP);
     for (uint32_t i = 0; i < sizeof bad / sizeof *bad; i++)
         CHECK_EQ(create(1, &bad[i], "smollm"), -EBADMSG);
 }

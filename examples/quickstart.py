@@ -95,12 +95,7 @@ def report_make(run: dict[str, Any], daemon: Daemon, started: float) -> dict[str
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
-    memory = {
-        "index_bytes": status["index_bytes"],
-        "kv_host_bytes": status["kv_host_bytes"],
-        "kv_disk_bytes": status["kv_disk_bytes"],
-        "rss_peak_bytes": daemon.rss_peak_bytes(),
-    }
+    memory = {**run["memory"], "rss_peak_bytes": daemon.rss_peak_bytes()}
     return {
         "schema": "winnow.report/1",
         "created_utc": created,
@@ -137,8 +132,8 @@ def table_print(report: dict[str, Any]) -> None:
     print(f"{'question':<44}{'sparse P ' + format(report['config']['mass'], '.2g'):<22}everything")
     for one, other in zip(sparse["answers"], exact["answers"]):
         marks = ["ok" if a["correct"] else "WRONG" for a in (one, other)]
-        texts = [a["text"].strip().replace("\n", " ")[:28] for a in (one, other)]
-        print(f"{one['question'][:42]:<44}{texts[0] + ' ' + marks[0]:<34}{texts[1]} {marks[1]}")
+        texts = [a["text"].strip().replace("\n", " ")[-16:] for a in (one, other)]
+        print(f"{one['question'][:42]:<44}{texts[0] + ' ' + marks[0]:<22}{texts[1]} {marks[1]}")
     parted = f", parted at {compare['first_difference']}" if compare["first_difference"] else ""
     print(f"same tokens {compare['tokens_equal']} of {compare['tokens_total']}{parted};", end=" ")
     print(f"KL mean {compare['kl_mean_nats']:.4f} max {compare['kl_max_nats']:.4f} nats")

@@ -160,6 +160,11 @@ static int catch_up(struct context *context, context_window_fn *after_window, vo
     return 0;
 }
 
+bool context_has_room(const struct context *context)
+{
+    return context->tokens.n_ids < context->engine->model.n_context;
+}
+
 static int append(struct context *context, const uint32_t *ids, uint32_t n)
 {
     const uint32_t n_context = context->engine->model.n_context;
@@ -220,8 +225,9 @@ int context_answer(struct context *context, const float *logits, uint32_t n_max,
         if (id == end_id)
             return 0;
         int rc = tokens_append(answer, id);
-        if (rc == 0 && n + 1 < n_max)
-            rc = context_step(context, id, &logits);
+        if (rc < 0 || n + 1 == n_max || !context_has_room(context))
+            return rc;
+        rc = context_step(context, id, &logits);
         if (rc < 0)
             return rc;
     }

@@ -39,9 +39,12 @@ int context_read(struct context *context, const uint32_t *ids, uint32_t n,
 /* One decode step; then forward_logits is the next token's. The errors of winnow_attend. */
 int context_step(struct context *context, uint32_t id, const float **ret_logits);
 
-/* Greedy continuation after `logits` (from a step or a read): up to n_max ids, or up to the end
- * token, which is not among them. on_token, if given, runs after each choice with the logits it was
- * made from. */
+/* Whether the model's context has a place for one more. */
+bool context_has_room(const struct context *context);
+
+/* Greedy continuation after `logits` (from a step or a read): up to n_max ids, up to the end token,
+ * which is not among them, or until the context is full. on_token, if given, runs after each choice
+ * with the logits it was made from. */
 typedef void context_token_fn(void *arg, uint32_t id, const float *logits);
 int context_answer(struct context *context, const float *logits, uint32_t n_max,
                    context_token_fn *on_token, void *arg, struct tokens *answer);

@@ -64,8 +64,9 @@ static int read_all(FILE *stream, char **ret_bytes, size_t *ret_n_bytes)
         n_bytes += fread(bytes + n_bytes, 1, n_max - n_bytes, stream);
     } while (!feof(stream) && !ferror(stream));
     if (ferror(stream)) {
+        int rc = -errno;
         free(bytes);
-        return -EIO;
+        return rc;
     }
     *ret_bytes = bytes;
     *ret_n_bytes = n_bytes;

@@ -166,6 +166,15 @@ int lists_ask(struct lists *lists, struct tokenizer *tokenizer, const char *docu
     return rc;
 }
 
+int lists_check(const struct lists *lists, uint32_t n_tokens)
+{
+    for (uint32_t i = 0; i < lists->n_lists; i++)
+        if (lists->lists[i].n_ids > n_tokens)
+            return fault_set(-EMSGSIZE, "text %u has %u tokens; the model's context is %u", i + 1,
+                             lists->lists[i].n_ids, n_tokens);
+    return 0;
+}
+
 void lists_free(struct lists *lists)
 {
     for (uint32_t i = 0; lists->lists && i < lists->n_lists; i++)

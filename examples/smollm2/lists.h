@@ -20,6 +20,9 @@ int lists_complete(struct lists *lists, struct tokenizer *tokenizer, const char 
 int lists_ask(struct lists *lists, struct tokenizer *tokenizer, const char *document_path,
               const char *const *questions, uint32_t n_questions);
 
+/* -EMSGSIZE when a list has no place in a context of n_tokens: said before anything is read. */
+int lists_check(const struct lists *lists, uint32_t n_tokens);
+
 void lists_free(struct lists *lists); /* fine on a zeroed or failed struct */
 
 /* The template's parts, for a chat of turns. Append to tokens; -ENOMEM. */

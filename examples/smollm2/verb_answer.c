@@ -43,7 +43,9 @@ static int answers_make(struct engine *engine, const struct lists *lists, struct
     struct context read;
     struct progress progress;
 
-    int rc = context_open(&read, engine);
+    int rc = lists_check(lists, engine->model.n_context);
+    if (rc == 0)
+        rc = context_open(&read, engine);
     if (rc < 0)
         return rc;
     progress_begin(&progress, engine->options->progress, "read", "tokens", lists->n_shared);

@@ -14,7 +14,8 @@ static void print_piece(void *arg, uint32_t id, const float *logits)
     char piece[TOKENIZER_PIECE_BYTES_MAX];
 
     (void)logits;
-    fwrite(piece, 1, tokenizer_piece(engine->tokenizer, id, piece), stdout);
+    size_t n_bytes = tokenizer_piece(engine->tokenizer, id, piece);
+    fwrite(piece, 1, n_bytes, stdout);
     fflush(stdout);
 }
 

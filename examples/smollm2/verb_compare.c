@@ -149,7 +149,7 @@ static int side_answer(struct comparison *c, const struct context *read, uint32_
         if (rc == 0)
             rc = side_step(c, logits, is_second);
     }
-    while (rc == 0 && answer->n_ids < c->engine->options->n_tokens) {
+    while (rc == 0 && answer->n_ids < c->engine->options->n_tokens && context_has_room(&fork)) {
         uint32_t id = context_greedy(logits, c->engine->model.n_vocab);
         if (id == end_id)
             break;
@@ -204,7 +204,9 @@ static int comparison_run(struct comparison *c)
     struct context read;
     struct progress progress;
 
-    int rc = context_open(&read, c->engine);
+    int rc = lists_check(&c->lists, c->engine->model.n_context);
+    if (rc == 0)
+        rc = context_open(&read, c->engine);
     if (rc < 0)
         return rc;
     c->n_read = c->lists.n_shared;

@@ -82,7 +82,8 @@ struct top {
 static void print_token(const struct engine *engine, uint32_t id)
 {
     char piece[TOKENIZER_PIECE_BYTES_MAX];
-    fwrite(piece, 1, tokenizer_piece(engine->tokenizer, id, piece), stdout);
+    size_t n_bytes = tokenizer_piece(engine->tokenizer, id, piece);
+    fwrite(piece, 1, n_bytes, stdout);
 }
 
 static void write_logits(const struct engine *engine, const struct tokens *tokens,

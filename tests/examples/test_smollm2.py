@@ -105,6 +105,9 @@ def test_usage_errors_and_no_daemon(fixture: Fixture) -> None:
         done = fixture.run(*arguments)
         assert (done.returncode, done.stdout) == (status, ""), (arguments, done)
         assert done.stderr.startswith("smollm2: "), done.stderr
+    long = fixture.file("long", b"a b c d " * 3000)
+    done = fixture.run("ask", "--document", long, "--question", "What?")
+    assert done.returncode == 1 and "context is 8192" in done.stderr, done
     done = fixture.run("logits", text, socket=fixture.folder / "nobody.sock")
     assert (done.returncode, done.stdout) == (69, ""), done
 

@@ -112,9 +112,12 @@ static struct winnow_stored *real_write(struct real *real, uint32_t *block_crc)
     while ((rc = winnow_store_segment_create(real->store, 1, N_BLOCKS, BLOCK_BYTES, block_crc,
                                              &stored)) == -EAGAIN) {
         struct winnow_store_done none;
-        if (!winnow_store_poll(real->store, &none, 0))
-            notify_wait(real);
-        CHECK_EQ(winnow_store_poll(real->store, &none, 1), 0);
+        CHECK_EQ(winnow_store_poll(real->store, &none, 1),
+                 0); /* to the end: the file may be there */
+        rc = winnow_store_segment_create(real->store, 1, N_BLOCKS, BLOCK_BYTES, block_crc, &stored);
+        if (rc != -EAGAIN)
+            break;
+        notify_wait(real);
     }
     CHECK_EQ(rc, 0);
     for (uint32_t i = 0; i < N_BLOCKS; i++)

@@ -26,7 +26,7 @@ struct class
 {
     uint32_t block_bytes, slots_per_grain;
     uint32_t first_free; /* slot + 1 */
-    uint32_t n_grains;
+    uint32_t n_empty;    /* grains none of whose slots is used */
 };
 
 struct winnow_arena {
@@ -37,7 +37,7 @@ struct winnow_arena {
     uint32_t *piece_free; /* stack of pieces */
     uint32_t *piece_holders;
     uint8_t *grain_base;
-    uint32_t n_grains, n_grains_free, hand;
+    uint32_t n_grains, n_grains_free, n_grains_empty, hand; /* empty: carved, of all classes */
     struct grain *grain;
     struct slot *slot;
     struct class class[N_CLASSES];
@@ -133,7 +133,8 @@ static bool grain_carve(struct winnow_arena *arena, uint32_t class_idx)
             continue;
         arena->grain[g] = (struct grain){.class_idx = class_idx};
         arena->n_grains_free--;
-        class->n_grains++;
+        arena->n_grains_empty++;
+        class->n_empty++;
         for (uint32_t place = class->slots_per_grain; place-- > 0;) {
             uint32_t slot = g * SLOTS_PER_GRAIN + place;
             arena->slot[slot] = (struct slot){.kind = SLOT_FREE, .next_free = class->first_free};
@@ -156,7 +157,8 @@ static void grain_empty(struct winnow_arena *arena, uint32_t grain_idx)
             at = &arena->slot[*at - 1].next_free;
     arena->grain[grain_idx].class_idx = UINT32_MAX;
     arena->n_grains_free++;
-    class->n_grains--;
+    arena->n_grains_empty--;
+    class->n_empty--;
 }
 
 static void slot_free(struct winnow_arena *arena, uint32_t slot)
@@ -166,7 +168,10 @@ static void slot_free(struct winnow_arena *arena, uint32_t slot)
     arena->slot[slot] = (struct slot){.kind = SLOT_FREE, .next_free = class->first_free};
     class->first_free = slot + 1;
     winnow_assert(arena->grain[grain_idx].n_used > 0);
-    arena->grain[grain_idx].n_used--;
+    if (--arena->grain[grain_idx].n_used == 0) {
+        arena->n_grains_empty++;
+        class->n_empty++;
+    }
 }
 
 static bool evictable(const struct slot *slot)
@@ -228,8 +233,11 @@ static bool grain_steal(struct winnow_arena *arena, uint32_t class_idx)
     return false;
 }
 
+/* An empty grain of another class: free memory, so it goes before anything is evicted. */
 static bool grain_reclaim(struct winnow_arena *arena, uint32_t class_idx)
 {
+    if (arena->n_grains_empty == arena->class[class_idx].n_empty)
+        return false;
     for (uint32_t g = 0; g < arena->n_grains; g++)
         if (arena->grain[g].class_idx != UINT32_MAX && arena->grain[g].class_idx != class_idx &&
             arena->grain[g].n_used == 0) {
@@ -242,15 +250,18 @@ static bool grain_reclaim(struct winnow_arena *arena, uint32_t class_idx)
 static bool slot_take(struct winnow_arena *arena, uint32_t class_idx, uint32_t *ret_slot)
 {
     struct class *class = &arena->class[class_idx];
-    if (!class->first_free && !grain_carve(arena, class_idx) && !evict_one(arena, class_idx) &&
-        (grain_reclaim(arena, class_idx) || grain_steal(arena, class_idx)))
-        grain_carve(arena, class_idx);
-    if (!class->first_free)
+    if (!class->first_free && !arena->n_grains_free && !grain_reclaim(arena, class_idx) &&
+        !evict_one(arena, class_idx))
+        grain_steal(arena, class_idx);
+    if (!class->first_free && !grain_carve(arena, class_idx))
         return false;
     uint32_t slot_idx = class->first_free - 1;
     class->first_free = arena->slot[slot_idx].next_free;
     arena->slot[slot_idx] = (struct slot){.kind = SLOT_HELD, .n_holders = 1};
-    arena->grain[slot_idx / SLOTS_PER_GRAIN].n_used++;
+    if (arena->grain[slot_idx / SLOTS_PER_GRAIN].n_used++ == 0) {
+        arena->n_grains_empty--;
+        class->n_empty--;
+    }
     arena->held_bytes += class->block_bytes;
     *ret_slot = slot_idx;
     return true;

@@ -54,7 +54,7 @@ struct winnow_core_certificate {
                                                                        those that were read */
     uint32_t n_blocks_missed; /* lost or late, compensated */
     uint64_t bytes_read;      /* disk bytes caused: holes and retries too */
-    uint32_t micros;          /* by the times that steps were given: 0 within one */
+    uint32_t micros;          /* since the core took the request */
 };
 
 struct winnow_session_options {

@@ -18,19 +18,19 @@ uint64_t winnow_core_session_need_bytes(const struct winnow_core *core,
                                         const struct winnow_model_shape *shape, char text[256])
 {
     uint64_t block_bytes = winnow_block_bytes(shape), n_heads = shape->n_kv_heads;
-    uint64_t tail_blocks =
-        (64 + core->options.segment_tokens + WINNOW_SEAL_TOKENS) / WINNOW_BLOCK_TOKENS + 1;
-    uint64_t tail_bytes = shape->n_layers * n_heads * tail_blocks * block_bytes;
-    uint64_t window_bytes =
-        n_heads * (WINNOW_WINDOW_POSITIONS / WINNOW_BLOCK_TOKENS + 1) * block_bytes;
-    uint64_t step_bytes = (uint64_t)WINNOW_STEP_SLOTS * block_bytes * core->n_runs_max;
+    uint64_t n_tail = shape->n_layers * n_heads *
+                      ((64 + core->options.segment_tokens + WINNOW_SEAL_TOKENS) / 16 + 1);
+    uint64_t n_window = n_heads * (WINNOW_WINDOW_POSITIONS / WINNOW_BLOCK_TOKENS + 1);
+    uint64_t n_steps = (uint64_t)WINNOW_STEP_SLOTS * core->n_runs_max;
+    uint64_t n_of_grain = WINNOW_GRAIN_BYTES / block_bytes;
+    uint64_t n_grains = (n_tail + n_window + n_steps + n_of_grain - 1) / n_of_grain;
     struct winnow_arena_use use;
     winnow_arena_use(core->tiers.arena, &use);
-    uint64_t need_bytes = tail_bytes + window_bytes + step_bytes + use.staging_bytes;
+    uint64_t need_bytes = n_grains * WINNOW_GRAIN_BYTES + use.staging_bytes;
+    double mib = (double)block_bytes / (1 << 20);
     snprintf(text, 256, "tails %.1f + window %.1f + steps %.1f + staging %.1f = %.1f MiB",
-             (double)tail_bytes / (1 << 20), (double)window_bytes / (1 << 20),
-             (double)step_bytes / (1 << 20), (double)use.staging_bytes / (1 << 20),
-             (double)need_bytes / (1 << 20));
+             (double)n_tail * mib, (double)n_window * mib, (double)n_steps * mib,
+             (double)use.staging_bytes / (1 << 20), (double)need_bytes / (1 << 20));
     return need_bytes;
 }
 
@@ -86,7 +86,9 @@ static int shape_check(struct winnow_core *core, struct winnow_request *request)
         return -EINVAL;
     }
     uint64_t need_bytes = winnow_core_session_need_bytes(core, shape, sum);
-    if (need_bytes > core->options.host_pool_bytes) {
+    struct winnow_arena_use use;
+    winnow_arena_use(core->tiers.arena, &use);
+    if (need_bytes > use.pool_bytes) {
         snprintf(
             request->text, sizeof request->text,
             "host_pool %llu MiB is below the %.130s this model needs. hint: host_pool = %lluMiB",
@@ -162,6 +164,18 @@ static void stats_add(struct winnow_core_stats *sum, const struct winnow_core_st
     sum->n_mass += one->n_mass;
 }
 
+/* Slots for every step that may run, of the largest blocks that are open. */
+static void keep_update(struct winnow_core *core)
+{
+    uint64_t block_bytes = 0;
+    for (uint32_t i = 0; i < winnow_pool_size(core->sessions); i++) {
+        const struct winnow_session *session = winnow_pool_at(core->sessions, i);
+        if (session && winnow_block_bytes(&session->context->shape) > block_bytes)
+            block_bytes = winnow_block_bytes(&session->context->shape);
+    }
+    core->keep_bytes = WINNOW_STEP_SLOTS * block_bytes * core->n_runs_max;
+}
+
 void winnow_session_destroy(struct winnow_core *core, struct winnow_session *session)
 {
     winnow_assert(session->n_builds == 0);
@@ -173,6 +187,7 @@ void winnow_session_destroy(struct winnow_core *core, struct winnow_session *ses
     winnow_alloc_free(session->layer);
     winnow_alloc_free(session->heavy);
     winnow_pool_give(core->sessions, session);
+    keep_update(core);
     core->progress = true;
 }
 
@@ -196,10 +211,7 @@ void winnow_open(struct winnow_core *core, struct winnow_request *request)
         return;
     }
     memcpy(session->label, request->open.label, sizeof session->label);
-    uint64_t keep_bytes =
-        (uint64_t)WINNOW_STEP_SLOTS * winnow_block_bytes(&request->open.shape) * core->n_runs_max;
-    if (keep_bytes > core->keep_bytes)
-        core->keep_bytes = keep_bytes;
+    keep_update(core);
     request->open.ret_session_id = session->id;
     request->open.ret_segment_tokens = core->options.segment_tokens;
     request->open.ret_n_sinks = request->open.options.n_sinks;

@@ -262,7 +262,6 @@ struct winnow_core {
     uint32_t n_retired;
     size_t scratch_bytes;
     uint64_t keep_bytes; /* of the pool, for running steps */
-    uint64_t keep_block_bytes;
 
     uint32_t n_items_out, n_decoding, n_spills, n_active;
     bool spill_grows; /* a spill waits for a data file */

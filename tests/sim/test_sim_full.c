@@ -120,6 +120,45 @@ static void test_full__write_that_fails_is_repeated(void)
     sim_world_finish(&world);
 }
 
+/* The least pool that a model is let into is enough for it: windows, steps, seals, a fork. */
+static void test_full__smallest_legal_pool(void)
+{
+    static float window[512 * 4 * 256];
+    struct winnow_model_shape shape = sim_shape(7, 2, 2, 256, WINNOW_FP32);
+    struct sim_world world;
+    struct sim_options options = {
+        .seed = test_seed(), .disk_cap_bytes = 96 << 20, .data_file_bytes = 4 << 20};
+    uint64_t pool_mib = 16;
+    for (int rc = -EDQUOT; rc < 0; pool_mib += 1) { /* not a multiple of a grain, too */
+        char sum[256];
+        options.host_pool_bytes = pool_mib << 20;
+        sim_world_init(&world, &options);
+        sim_text_init(&text, &world, &shape, test_seed());
+        rc = sim_text_open(&text, NULL);
+        uint64_t need_bytes = winnow_core_session_need_bytes(world.core, &shape, sum);
+        CHECK_EQ(rc, need_bytes > (pool_mib & ~UINT64_C(1)) << 20 ? -EDQUOT : 0);
+        if (rc < 0)
+            sim_world_finish(&world);
+    }
+    CHECK(pool_mib > 17);
+    for (uint64_t first = 0; first < 1536; first += 512)
+        for (uint32_t layer = 0; layer < shape.n_layers; layer++) {
+            CHECK_EQ(sim_text_window(&text, layer, first, 512, window), 0);
+            if (layer == 3)
+                CHECK(sim_text_error(&text, layer, first + 400, window + 400 * 4 * 256) < 1e-4);
+        }
+    for (uint64_t position = 1536; position < 1700; position++)
+        for (uint32_t layer = 0; layer < shape.n_layers; layer++)
+            CHECK_EQ(sim_text_step(&text, layer, position, position % 16 ? 0 : 1, out), 0);
+    CHECK_EQ(sim_text_truncate(&text, 1691), 0);
+    CHECK_EQ(sim_text_step(&text, 5, 1691, 1, out), 0);
+    CHECK(sim_text_error(&text, 5, 1691, out) < 1e-4);
+    CHECK_EQ(sim_text_close(&text), 0);
+    sim_world_settle(&world);
+    sim_baseline_check(&world);
+    sim_world_finish(&world);
+}
+
 int main(int argc, char **argv)
 {
     TEST_INIT(argc, argv);
@@ -127,5 +166,6 @@ int main(int argc, char **argv)
     TEST_RUN(test_full__disk_in_mid_prefill);
     TEST_RUN(test_full__disk_that_takes_no_writes);
     TEST_RUN(test_full__write_that_fails_is_repeated);
+    TEST_RUN(test_full__smallest_legal_pool);
     return TEST_END();
 }

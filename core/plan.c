@@ -158,7 +158,7 @@ struct batch {
 static int64_t read_deadline(const struct winnow_core *core, const struct winnow_session *session)
 {
     int64_t deadline_ns = session->op.request->deadline_ns;
-    if (deadline_ns == WINNOW_NEVER_NS || !winnow_op_may_degrade(session))
+    if (deadline_ns == WINNOW_NEVER_NS || session->op.whole || !winnow_op_may_degrade(session))
         return deadline_ns;
     return deadline_ns - (deadline_ns - core->now_ns) / 4;
 }

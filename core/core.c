@@ -521,7 +521,7 @@ static int64_t ops_advance(struct winnow_core *core)
         struct winnow_session *session = core->active[i];
         struct winnow_request *request = session->op.request;
         int64_t queue_ns = queue_expire(core, session);
-        if (request && request->deadline_ns < next_ns)
+        if (request && session->op.failure == 0 && request->deadline_ns < next_ns)
             next_ns = request->deadline_ns;
         next_ns = queue_ns < next_ns ? queue_ns : next_ns;
         op_advance(core, session);

@@ -142,6 +142,31 @@ static void test_deadline__late_bytes_are_the_steps(void)
     sim_world_finish(&world);
 }
 
+/* A late request whose items still run waits for them: the core does not ask to be called again and
+ * again meanwhile. */
+static void test_deadline__late_op_waits_for_its_items(void)
+{
+    struct winnow_model_shape shape = sim_shape(1, 2, 1, 64, WINNOW_FP16);
+    struct sim_world world;
+    bool done;
+    sim_world_init(&world, &(struct sim_options){.seed = test_seed(), .shuffled = true, .lazy = 1});
+    sim_text_init(&text, &world, &shape, test_seed());
+    CHECK_EQ(sim_text_open(&text, NULL), 0);
+    sim_text_step_make(&text, &first, 0, 0, 1, out);
+    sim_text_send(&text, &first.request, SOON_NS, &done);
+    while (!world.core->n_items_out)
+        sim_world_step(&world, WINNOW_NEVER_NS);
+    int64_t late_ns = sim_world_now(&world) + 2 * SOON_NS;
+    winnow_sim_disk_now_set(world.disk, late_ns);
+    winnow_core_step(world.core, late_ns);
+    CHECK(winnow_core_step(world.core, late_ns) > late_ns);
+    CHECK(!done);
+    sim_world_settle(&world);
+    CHECK(done);
+    CHECK_EQ(first.request.status, -ETIMEDOUT);
+    sim_world_finish(&world);
+}
+
 int main(int argc, char **argv)
 {
     TEST_INIT(argc, argv);
@@ -150,5 +175,6 @@ int main(int argc, char **argv)
     TEST_RUN(test_deadline__closed_owner_leaves_no_request);
     TEST_RUN(test_deadline__late_block_is_compensated_in_time);
     TEST_RUN(test_deadline__late_bytes_are_the_steps);
+    TEST_RUN(test_deadline__late_op_waits_for_its_items);
     return TEST_END();
 }

@@ -7,7 +7,7 @@
  * in who ran when, and what the disk did.
  *
  * Time passes in jumps between actors, and inside the core as its kernels take it (block_ns a
- * block): meanwhile the store's sides go on, as other threads would.
+ * block attended): meanwhile the store's sides go on, as other threads would.
  */
 #pragma once
 
@@ -15,6 +15,7 @@
 #include <base/rng.h>
 #include <base/team.h>
 #include <core/core.h>
+#include <errno.h>
 #include <storage/io_sim.h>
 #include <test.h>
 
@@ -30,8 +31,9 @@ struct sim_options {
     const char *kernels;                          /* NULL: the fastest */
     bool shuffled;                  /* actors and items in an order by chance; else a fixed one */
     int64_t jitter_ns;              /* an actor that is woken comes up to so much later */
+    double builds_lazy;             /* chance that the worker leaves the builds for later */
     double lazy;                    /* chance that the core finds the team's items taken */
-    int64_t block_ns;               /* virtual cost of a block attended; scored: a tenth of it */
+    int64_t block_ns;               /* virtual cost of a block attended by a step */
     struct winnow_sim_options disk; /* seed 0: winnow_sim_defaults of the seed above */
 };
 
@@ -45,8 +47,8 @@ struct sim_world {
     struct winnow_kernels kernels;
     const struct winnow_kernels *real_kernels;
     int64_t wake_ns[SIM_N_ACTORS];
-    bool working;     /* the worker takes an item */
-    bool builds_wait; /* nobody builds until it is false */
+    bool working; /* the worker takes an item */
+    bool builds_wait;
     uint64_t n_turns; /* not shuffled: the actors take turns */
     uint64_t hash;
 };
@@ -80,6 +82,13 @@ static inline void sim_wake(struct sim_world *world, enum sim_actor actor)
         world->wake_ns[actor] = when_ns;
 }
 
+/* Nobody builds until it is said again. */
+static inline void sim_world_builders_wait(struct sim_world *world, bool wait)
+{
+    world->builds_wait = wait;
+    sim_wake(world, SIM_WORKER);
+}
+
 static inline void sim_core_wake(void *arg)
 {
     sim_wake(arg, SIM_CORE);
@@ -107,12 +116,17 @@ static inline int64_t sim_core_run(struct sim_world *world, int64_t now_ns)
     return next_ns;
 }
 
+/* Takes an item of the lanes it is in the mood for; asks again while items wait. */
 static inline int64_t sim_worker_run(struct sim_world *world)
 {
-    uint32_t lane_max = world->builds_wait ? WINNOW_LANE_EXACT : WINNOW_LANE_BUILD;
+    bool builds =
+        !world->builds_wait && (world->options.builds_lazy <= 0 ||
+                                winnow_rng_unit(&world->rng) >= world->options.builds_lazy);
     world->working = true;
-    if (winnow_team_run_one(world->team, lane_max)) {
+    if (winnow_team_run_one(world->team, builds ? WINNOW_LANE_BUILD : WINNOW_LANE_EXACT)) {
         sim_wake(world, SIM_CORE);
+        sim_wake(world, SIM_WORKER);
+    } else if (!builds && !world->builds_wait) {
         sim_wake(world, SIM_WORKER);
     }
     world->working = false;
@@ -174,14 +188,6 @@ static inline void sim_attend_partial(const struct winnow_model_shape *shape, co
     sim_time_pass(n * sim_timed->options.block_ns);
 }
 
-static inline void sim_score(const struct winnow_model_shape *shape, uint32_t policy,
-                             const struct winnow_index_view *view, const float *q, float *ln_e,
-                             void *scratch)
-{
-    sim_timed->real_kernels->score(shape, policy, view, q, ln_e, scratch);
-    sim_time_pass(view->n_blocks * sim_timed->options.block_ns / 10);
-}
-
 static inline void sim_team_init(struct sim_world *world)
 {
     struct winnow_team_options team = {0};
@@ -215,7 +221,6 @@ static inline void sim_core_init(struct sim_world *world)
     if (options->block_ns) {
         sim_timed = world;
         world->kernels.attend_partial = sim_attend_partial;
-        world->kernels.score = sim_score;
     }
     if (winnow_core_create(&core, &world->core, text) < 0)
         test_fail(__FILE__, __LINE__, text);
@@ -235,7 +240,12 @@ static inline void sim_store_init(struct sim_world *world)
                                          .notify_arg = world,
                                          .seed = world->options.seed};
     winnow_core_arena(world->core, &store.arena, &store.arena_bytes);
-    if (winnow_store_open(&store, &world->store, text) < 0)
+    int rc = -EIO; /* of a disk that fails by chance: an operator tries again */
+    for (int i = 0; rc < 0 && i < 100; i++) {
+        rc = winnow_store_open(&store, &world->store, text);
+        winnow_sim_disk_release(world->disk);
+    }
+    if (rc < 0)
         test_fail(__FILE__, __LINE__, text);
     winnow_core_set_store(world->core, world->store);
 }

@@ -38,7 +38,7 @@ static inline void sim_text_init(struct sim_text *text, struct sim_world *world,
                                  const struct winnow_model_shape *shape, uint64_t seed)
 {
     struct winnow_rng rng;
-    *text = (struct sim_text){.world = world, .model = {*shape, seed, 4}};
+    *text = (struct sim_text){.world = world, .model = {*shape, seed, 2}};
     winnow_rng_init(&rng, seed);
     for (uint32_t i = 0; i < SIM_TEXT_TOKENS; i++)
         text->token[i] = sim_token_make(&rng, i ? text->token[i - 1] : 0);

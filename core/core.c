@@ -462,6 +462,8 @@ static void op_run(struct winnow_core *core, struct winnow_session *session)
     case WINNOW_REQUEST_FORK:
         if (winnow_fork(core, session))
             winnow_op_end(core, session);
+        else if (session->op.failure < 0)
+            core->progress = true;
         return;
     default:
         winnow_op_fail(&session->op, -EINVAL, "unknown request %u", session->op.request->kind);

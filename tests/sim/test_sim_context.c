@@ -147,6 +147,31 @@ static void test_context__owed_span_is_in_force_for_the_next_call(void)
     sim_world_finish(&world);
 }
 
+/* Layers that differ, in tokens or by a segment, cannot be forked; the refusal says which truncate
+ * helps, and it does. */
+static void test_context__uneven_layers_are_not_forked(void)
+{
+    struct winnow_model_shape shape = sim_shape(2, 2, 1, 64, WINNOW_FP16);
+    struct sim_world world;
+    unsigned long long to;
+    sim_world_init(&world, &(struct sim_options){.seed = test_seed()});
+    sim_text_init(&text, &world, &shape, test_seed());
+    CHECK_EQ(sim_text_open(&text, NULL), 0);
+    CHECK_EQ(sim_text_fill(&text, 0, 160, 200), 0);
+    CHECK_EQ(sim_text_window(&text, 0, 160, 100, NULL), 0); /* sealed there, and not in layer 1 */
+    CHECK_EQ(sim_text_fork(&text, &forked), -EINVAL);
+    CHECK_EQ(sscanf(strstr(text.last.text, "truncate to"), "truncate to %llu", &to), 1);
+    CHECK_EQ(to, 143);
+    CHECK_EQ(sim_text_truncate(&text, 160), 0); /* even in tokens alone */
+    CHECK_EQ(sim_text_fork(&text, &forked), -EINVAL);
+    CHECK_EQ(sim_text_truncate(&text, to), 0);
+    CHECK_EQ(sim_text_fork(&text, &forked), 0);
+    CHECK_EQ(forked.last.n_held, to);
+    bytes_check(&text);
+    bytes_check(&forked);
+    sim_world_finish(&world);
+}
+
 int main(int argc, char **argv)
 {
     TEST_INIT(argc, argv);
@@ -154,5 +179,6 @@ int main(int argc, char **argv)
     TEST_RUN(test_context__shared_block_is_cut_by_one_alone);
     TEST_RUN(test_context__full_index_stops_the_tail);
     TEST_RUN(test_context__owed_span_is_in_force_for_the_next_call);
+    TEST_RUN(test_context__uneven_layers_are_not_forked);
     return TEST_END();
 }

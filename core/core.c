@@ -40,6 +40,7 @@ int winnow_core_create(const struct winnow_core_options *options, struct winnow_
                  (double)options->host_pool_bytes / (1 << 20));
         return -EINVAL;
     }
+    snprintf(text, 256, "no memory for host_pool and index_memory");
     struct winnow_core *core = winnow_alloc(sizeof *core);
     if (!core)
         return -ENOMEM;
@@ -64,7 +65,6 @@ int winnow_core_create(const struct winnow_core_options *options, struct winnow_
         winnow_pool_create(WINNOW_N_ITEMS, sizeof(struct winnow_item), &core->items) < 0 ||
         winnow_pool_create(WINNOW_N_LOADS, sizeof(struct winnow_load), &core->loads) < 0) {
         winnow_core_destroy(core);
-        snprintf(text, 256, "no memory for host_pool and index_memory");
         return -ENOMEM;
     }
     core->spill_of_piece = winnow_alloc_array(winnow_arena_staging_pieces(core->tiers.arena),
@@ -73,6 +73,7 @@ int winnow_core_create(const struct winnow_core_options *options, struct winnow_
         winnow_core_destroy(core);
         return -ENOMEM;
     }
+    text[0] = 0;
     *ret_core = core;
     return 0;
 }

@@ -181,7 +181,7 @@ struct winnow_core_options {
 
 struct winnow_core;
 
-/* -ENOMEM; -EINVAL with a line in text: a cap below the smallest legal one, S not a multiple. */
+/* 0; or with a line in text -ENOMEM; -EINVAL: a cap below the smallest legal one, S not a multiple. */
 int winnow_core_create(const struct winnow_core_options *options, struct winnow_core **ret_core,
                        char text[256]);
 /* Every request must be done and the store closed. Sessions still open end. NULL is fine. */

@@ -167,6 +167,32 @@ static void test_deadline__late_op_waits_for_its_items(void)
     sim_world_finish(&world);
 }
 
+/* Reads of a step that was cancelled come when another step of the session runs: they are nobody's,
+ * and their memory comes back. */
+static void test_deadline__reads_of_a_cancelled_step_are_nobodys(void)
+{
+    struct sim_world world;
+    bool done;
+    sim_text_spilled(&text, &world, &(struct sim_options){.seed = test_seed()});
+    for (uint32_t layer = 0; layer < 3; layer++) {
+        sim_text_step_make(&text, &first, layer, 1500, 1, out);
+        sim_text_send(&text, &first.request, 0, &done);
+        while (winnow_pool_used(world.core->loads) < 16)
+            sim_world_step(&world, WINNOW_NEVER_NS);
+        sim_world_cancel(&world, &first.request);
+        while (!done)
+            sim_world_step(&world, WINNOW_NEVER_NS);
+        CHECK_EQ(first.request.status, -ECANCELED);
+        CHECK(winnow_pool_used(world.core->loads) > 0);
+        CHECK_EQ(sim_text_step(&text, layer + 1, 1500, 1, out), 0);
+        CHECK(sim_text_error(&text, layer + 1, 1500, out) < 1e-4);
+        sim_world_settle(&world);
+        sim_memory_check(world.core);
+        CHECK_EQ(sim_text_truncate(&text, 1500), 0);
+    }
+    sim_world_finish(&world);
+}
+
 int main(int argc, char **argv)
 {
     TEST_INIT(argc, argv);
@@ -176,5 +202,6 @@ int main(int argc, char **argv)
     TEST_RUN(test_deadline__late_block_is_compensated_in_time);
     TEST_RUN(test_deadline__late_bytes_are_the_steps);
     TEST_RUN(test_deadline__late_op_waits_for_its_items);
+    TEST_RUN(test_deadline__reads_of_a_cancelled_step_are_nobodys);
     return TEST_END();
 }

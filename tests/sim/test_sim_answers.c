@@ -74,13 +74,11 @@ static void test_answers__budget_ends(void)
     sim_world_finish(&world);
 }
 
-/* A step with queries so long that attention is flat, or peaked. */
+/* A step whose attention is flat, or peaked. */
 static void scaled_step(struct sim_text *of, uint64_t position, float scale)
 {
-    sim_text_step_make(of, &step, 0, position, 0.9f, out);
-    for (uint32_t i = 0; i < 4 * 64; i++)
-        step.q[i] *= scale;
-    CHECK_EQ(sim_text_run(of, &step.request), 0);
+    of->q_scale = scale;
+    CHECK_EQ(sim_text_step(of, 0, position, 0.9f, out), 0);
 }
 
 static uint32_t heavy_count(const struct sim_text *of)
@@ -105,12 +103,12 @@ static void test_answers__heavy_heads_come_and_go(void)
     CHECK_EQ(sim_text_fork(&text, &forked), 0);
     CHECK_EQ(heavy_count(&forked), 2);
     for (uint64_t end = position + 63; position < end; position++) {
-        scaled_step(&text, position, 2);
-        CHECK_EQ(step.request.attend.certificate.verdict, WINNOW_VERDICT_EXACT);
+        scaled_step(&text, position, 20);
+        CHECK_EQ(text.last.attend.certificate.verdict, WINNOW_VERDICT_EXACT);
         CHECK_EQ(heavy_count(&text), 2);
     }
-    scaled_step(&text, position, 2); /* looks again */
-    CHECK(step.request.attend.certificate.verdict != WINNOW_VERDICT_EXACT);
+    scaled_step(&text, position, 20); /* looks again */
+    CHECK(text.last.attend.certificate.verdict != WINNOW_VERDICT_EXACT);
     CHECK_EQ(heavy_count(&text), 0);
     CHECK_EQ(heavy_count(&forked), 2);
     sim_world_finish(&world);

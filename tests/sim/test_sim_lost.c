@@ -115,9 +115,8 @@ static void test_lost__estimates_instead_of_blocks(void)
             CHECK(winnow_sim_disk_flip(world.disk, name, at + i));
         }
     text.seq = 7;
+    text.q_scale = 0.1f;
     sim_text_step_make(&text, &step, LAYER, N_TOKENS, 0.97f, out);
-    for (uint32_t i = 0; i < ROW; i++)
-        step.q[i] *= 0.1f; /* a flat head wants many blocks */
     CHECK_EQ(sim_text_run(&text, &step.request), -ENODATA);
     step.request.attend.flags |= WINNOW_ITEM_ALLOW_DEGRADED;
     CHECK_EQ(sim_text_run(&text, &step.request), 0);

@@ -28,14 +28,14 @@ static struct timing timing_of(int64_t per_op_ns, int64_t block_ns)
     options.disk.n_channels = 8;
     sim_world_init(&world, &options);
     sim_text_init(&text, &world, &shape, test_seed());
-    text.model.spread = 1.5f; /* a step wants many blocks */
+    text.q_scale = 0.1f;
     CHECK_EQ(sim_text_open(&text, NULL), 0);
     CHECK_EQ(sim_text_fill(&text, 0, N_TOKENS, 250), 0);
     sim_world_settle(&world);
     winnow_store_facts(world.store, &facts);
     CHECK(facts.in_flight_max < 32); /* nothing was read yet */
     int64_t begun_ns = sim_world_now(&world);
-    CHECK_EQ(sim_text_step(&text, LAYER, N_TOKENS, 0.99f, out), 0);
+    CHECK_EQ(sim_text_step(&text, LAYER, N_TOKENS, 0.7f, out), 0);
     timing.step_ns = sim_world_now(&world) - begun_ns;
     timing.n_disk = text.last.attend.certificate.n_blocks_disk;
     winnow_store_facts(world.store, &facts);

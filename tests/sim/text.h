@@ -17,6 +17,7 @@ struct sim_text {
     uint32_t epoch;
     int64_t within_ns;          /* deadline of each request from its start; 0: none */
     uint64_t seq;               /* of decode steps; 0: not told */
+    float q_scale;              /* of their queries: small ones make flat heads, which want much */
     struct winnow_request last; /* as it ended */
 };
 
@@ -38,7 +39,7 @@ static inline void sim_text_init(struct sim_text *text, struct sim_world *world,
                                  const struct winnow_model_shape *shape, uint64_t seed)
 {
     struct winnow_rng rng;
-    *text = (struct sim_text){.world = world, .model = {*shape, seed, 2}};
+    *text = (struct sim_text){.world = world, .q_scale = 1, .model = {*shape, seed, 2}};
     winnow_rng_init(&rng, seed);
     for (uint32_t i = 0; i < SIM_TEXT_TOKENS; i++)
         text->token[i] = sim_token_make(&rng, i ? text->token[i - 1] : 0);
@@ -110,7 +111,10 @@ struct sim_step {
 static inline void sim_text_step_make(struct sim_text *text, struct sim_step *step, uint32_t layer,
                                       uint64_t position, float mass, float *out)
 {
+    uint32_t n_q = text->model.shape.n_q_heads * text->model.shape.k_width;
     sim_rows(&text->model, SIM_Q, layer, text->token + position, 1, step->q);
+    for (uint32_t i = 0; i < n_q; i++)
+        step->q[i] *= text->q_scale;
     sim_rows(&text->model, SIM_K, layer, text->token + position, 1, step->k);
     sim_rows(&text->model, SIM_V, layer, text->token + position, 1, step->v);
     step->request = (struct winnow_request){.kind = WINNOW_REQUEST_ATTEND,

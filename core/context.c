@@ -18,6 +18,7 @@ struct winnow_context *winnow_context_create(struct winnow_tiers *tiers,
     context->shape = *shape;
     context->segment_tokens = segment_tokens;
     context->n_sinks = n_sinks;
+    context->n_tokens_max = n_tokens_max;
     context->with_var = with_var;
     /* the most before a seal: sinks, a span, its recent window twice, and one window more */
     context->n_blocks_max =

@@ -27,6 +27,7 @@ struct winnow_context {
     struct winnow_tiers *tiers;
     struct winnow_model_shape shape;
     uint32_t segment_tokens, n_sinks, n_blocks_max, n_segments_max;
+    uint64_t n_tokens_max;
     bool with_var;
     struct winnow_segment **segment; /* [n_segments_max]; one reference each */
     struct winnow_context_layer layer[];

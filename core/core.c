@@ -428,15 +428,16 @@ static void leave_run_queue(struct winnow_core *core, struct winnow_session *ses
 static bool op_take_run(struct winnow_core *core, struct winnow_op *op)
 {
     if (op->request->kind == WINNOW_REQUEST_ATTEND) {
-        for (uint32_t i = 0; i < core->n_runs_max; i++)
-            if (!core->run[i].taken) {
+        for (uint32_t i = 0; i < core->n_runs_max; i++) /* the largest: it need not grow */
+            if (!core->run[i].taken &&
+                (!op->run || core->run[i].memory_bytes > op->run->memory_bytes))
                 op->run = &core->run[i];
-                op->run->taken = true;
-                op->group_first = op->group_next = 0;
-                core->n_decoding++;
-                return true;
-            }
-        return false;
+        if (!op->run)
+            return false;
+        op->run->taken = true;
+        op->group_first = op->group_next = 0;
+        core->n_decoding++;
+        return true;
     }
     for (uint32_t i = 0; i < WINNOW_N_PASSES; i++)
         if (!core->pass[i].taken) {

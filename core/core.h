@@ -62,8 +62,10 @@ struct winnow_session_options {
     float mass;            /* 0: the daemon's default; 1: everything */
     uint32_t n_blocks_max; /* budget a layer and KV head; 0: none */
     uint32_t n_sinks;      /* 0: 16; a multiple of 16, at most 64 */
-    uint64_t n_tokens_max; /* index reserved at open, else EDQUOT; 0: as tokens come */
-    bool strict;           /* short of P after round 2: the layer exactly instead */
+    uint64_t
+        n_tokens_max; /* index reserved at open, else EDQUOT; 0: as tokens come. Forks have none
+                              reserved */
+    bool strict;      /* short of P after round 2: the layer exactly instead */
     bool
         allow_degraded; /* a lost block, or one later than 3/4 of the time left, compensated instead
                               of an error; not where everything is read (mass 1, short contexts) */

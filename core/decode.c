@@ -40,7 +40,7 @@ static bool is_repeat(const struct winnow_session *session, const struct winnow_
            request->attend.position + 1 == session->context->layer[layer].held;
 }
 
-static void begin_check(struct winnow_core *core, struct winnow_session *session)
+static void begin_check(struct winnow_session *session)
 {
     struct winnow_op *op = &session->op;
     struct winnow_request *request = op->request;
@@ -64,7 +64,7 @@ static void begin_check(struct winnow_core *core, struct winnow_session *session
                        "layer %u holds %llu tokens, the item says %llu. hint: resend from %llu",
                        op->layer, (unsigned long long)held,
                        (unsigned long long)request->attend.position, (unsigned long long)held);
-    if (!op->appended && held >= core->options.n_tokens_max)
+    if (!op->appended && held >= context->n_tokens_max)
         winnow_op_fail(op, -EDQUOT,
                        "the context holds %llu tokens, all it may. hint: a larger context limit",
                        (unsigned long long)held);
@@ -547,7 +547,7 @@ static bool advance_once(struct winnow_core *core, struct winnow_session *sessio
     struct winnow_op *op = &session->op;
     switch (op->state) {
     case WINNOW_OP_BEGIN:
-        begin_check(core, session);
+        begin_check(session);
         if (op->failure == 0 && winnow_run_prepare(core, op->run, session, 0) < 0)
             winnow_op_fail(op, -EDQUOT,
                            "index_memory has no room for a step. hint: a larger index_memory");

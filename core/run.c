@@ -87,6 +87,17 @@ int winnow_run_prepare(struct winnow_core *core, struct winnow_run *run,
     return 0;
 }
 
+size_t winnow_run_wants(const struct winnow_core *core, const struct winnow_session *session,
+                        uint32_t n_blocks)
+{
+    struct winnow_run sums = {0};
+    size_t need_bytes = run_cut(&sums, NULL, core, &session->context->shape, n_blocks);
+    for (uint32_t i = 0; i < core->n_runs_max; i++)
+        if (core->run[i].memory_bytes >= need_bytes)
+            return 0;
+    return need_bytes;
+}
+
 static size_t pass_cut(struct winnow_pass *pass, uint8_t *base,
                        const struct winnow_model_shape *shape, uint32_t n_span)
 {

@@ -82,13 +82,14 @@ static int segment_prepare(struct winnow_core *core, struct winnow_session *sess
 {
     struct winnow_context *context = session->context;
     uint32_t k = context->layer[layer].n_segments;
-    if (k >= context->n_segments_max)
+    uint32_t n_blocks = context->segment_tokens / WINNOW_BLOCK_TOKENS;
+    size_t need_bytes = winnow_segment_piece_bytes(&context->shape, n_blocks, context->with_var);
+    if (k >= context->n_segments_max || need_bytes > winnow_index_left(core, session))
         return -EDQUOT;
     if (!context->segment[k]) {
         uint64_t first = context->n_sinks + (uint64_t)k * context->segment_tokens;
-        context->segment[k] = winnow_segment_create(&core->tiers, &context->shape,
-                                                    context->segment_tokens / WINNOW_BLOCK_TOKENS,
-                                                    first, context->with_var);
+        context->segment[k] = winnow_segment_create(&core->tiers, &context->shape, n_blocks, first,
+                                                    context->with_var);
         if (!context->segment[k])
             return -EDQUOT;
     }

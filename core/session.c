@@ -45,6 +45,52 @@ uint64_t winnow_core_fixed_bytes(const struct winnow_core *core)
            WINNOW_N_LOADS * sizeof(struct winnow_load);
 }
 
+static uint64_t pages_bytes(size_t n_bytes)
+{
+    return (n_bytes + WINNOW_PAGE_BYTES - 1) / WINNOW_PAGE_BYTES * WINNOW_PAGE_BYTES;
+}
+
+/* Index of all the tokens that a session may come to hold, when it says how many; else 0. */
+static uint64_t promise_bytes(const struct winnow_core *core,
+                              const struct winnow_model_shape *shape,
+                              const struct winnow_session_options *options)
+{
+    uint32_t S = core->options.segment_tokens, n_blocks = S / WINNOW_BLOCK_TOKENS;
+    bool with_var = options->policy == WINNOW_POLICY_MOMENT;
+    uint64_t layer_bytes = pages_bytes(winnow_segment_piece_bytes(shape, n_blocks, with_var));
+    return options->n_tokens_max / S *
+           (shape->n_layers * layer_bytes +
+            pages_bytes(winnow_segment_header_bytes(shape, n_blocks)));
+}
+
+/* What the session has not yet taken of what it was promised. */
+static uint64_t promise_left(const struct winnow_session *session)
+{
+    const struct winnow_context *context = session->context;
+    uint64_t taken_bytes = 0;
+    for (uint32_t k = 0; k < context->n_segments_max && context->segment[k]; k++) {
+        const struct winnow_segment *segment = context->segment[k];
+        taken_bytes += pages_bytes(segment->header_bytes);
+        for (uint32_t layer = 0; layer < context->shape.n_layers; layer++)
+            taken_bytes += segment->layer[layer].piece ? pages_bytes(segment->piece_bytes) : 0;
+    }
+    return session->promised_bytes > taken_bytes ? session->promised_bytes - taken_bytes : 0;
+}
+
+uint64_t winnow_index_left(const struct winnow_core *core, const struct winnow_session *session)
+{
+    uint64_t left_bytes =
+        winnow_index_memory_cap(core->tiers.index) - winnow_index_memory_used(core->tiers.index);
+    for (uint32_t i = 0; core->n_promises && i < winnow_pool_size(core->sessions); i++) {
+        const struct winnow_session *other = winnow_pool_at(core->sessions, i);
+        if (!other || other == session || !other->promised_bytes)
+            continue;
+        uint64_t promised_bytes = promise_left(other);
+        left_bytes = left_bytes > promised_bytes ? left_bytes - promised_bytes : 0;
+    }
+    return left_bytes;
+}
+
 static int options_check(struct winnow_core *core, struct winnow_request *request)
 {
     struct winnow_session_options *options = &request->open.options;
@@ -96,16 +142,15 @@ static int shape_check(struct winnow_core *core, struct winnow_request *request)
             (unsigned long long)(need_bytes / (1 << 20) + 2));
         return -EDQUOT;
     }
-    uint64_t tokens = request->open.options.n_tokens_max;
-    double index_bytes = winnow_core_index_bytes_per_token(shape) * (double)tokens;
-    uint64_t free_bytes =
-        winnow_index_memory_cap(core->tiers.index) - winnow_index_memory_used(core->tiers.index);
-    if (index_bytes > (double)free_bytes) {
+    uint64_t n_tokens = request->open.options.n_tokens_max;
+    uint64_t index_bytes = promise_bytes(core, shape, &request->open.options);
+    uint64_t left_bytes = winnow_index_left(core, NULL);
+    if (index_bytes > left_bytes) {
         snprintf(request->text, sizeof request->text,
-                 "index of %llu tokens needs %.0f MiB, index_memory has %llu MiB free. hint: a "
+                 "index of %llu tokens needs %.1f MiB, index_memory has %.1f MiB left. hint: a "
                  "larger index_memory",
-                 (unsigned long long)tokens, index_bytes / (1 << 20),
-                 (unsigned long long)(free_bytes >> 20));
+                 (unsigned long long)n_tokens, (double)index_bytes / (1 << 20),
+                 (double)left_bytes / (1 << 20));
         return -EDQUOT;
     }
     return 0;
@@ -183,6 +228,7 @@ void winnow_session_destroy(struct winnow_core *core, struct winnow_session *ses
         for (uint32_t layer = 0; layer < session->context->shape.n_layers; layer++)
             winnow_seal_forget(session, layer);
     stats_add(&core->stats, &session->stats);
+    core->n_promises -= session->promised_bytes > 0;
     winnow_context_destroy(session->context);
     winnow_alloc_free(session->layer);
     winnow_alloc_free(session->heavy);
@@ -211,6 +257,8 @@ void winnow_open(struct winnow_core *core, struct winnow_request *request)
         return;
     }
     memcpy(session->label, request->open.label, sizeof session->label);
+    session->promised_bytes = promise_bytes(core, &request->open.shape, &request->open.options);
+    core->n_promises += session->promised_bytes > 0;
     keep_update(core);
     request->open.ret_session_id = session->id;
     request->open.ret_segment_tokens = core->options.segment_tokens;

@@ -236,6 +236,7 @@ struct winnow_session {
     uint32_t active_idx;             /* in the core's list of ops under way */
     struct winnow_session *next_run; /* in the core's queue for a run or pass */
     uint32_t n_heavy;                /* flags set in `heavy` */
+    uint64_t promised_bytes;         /* of index_memory, reserved at open; 0: none */
     uint32_t n_builds;               /* items of it in the team, beyond op.n_items */
     bool closing;
     struct winnow_core_stats stats;
@@ -264,8 +265,9 @@ struct winnow_core {
     uint64_t keep_bytes; /* of the pool, for running steps */
 
     uint32_t n_items_out, n_decoding, n_spills, n_active;
-    bool spill_grows; /* a spill waits for a data file */
-    bool progress;    /* something happened in this round of the step loop */
+    uint32_t n_promises; /* sessions with index reserved */
+    bool spill_grows;    /* a spill waits for a data file */
+    bool progress;       /* something happened in this round of the step loop */
     struct winnow_segment_layer *
         *spill_of_piece;            /* [staging pieces] whose blocks a write carries */
     struct winnow_core_stats stats; /* of closed sessions, and of what belongs to none */
@@ -304,6 +306,8 @@ int winnow_core_scratch_grow(struct winnow_core *core, const struct winnow_model
 void winnow_decode_advance(struct winnow_core *core, struct winnow_session *session);
 void winnow_window_advance(struct winnow_core *core, struct winnow_session *session);
 void winnow_truncate_advance(struct winnow_core *core, struct winnow_session *session);
+/* Index bytes that the session may take: what is free and not promised to others. NULL: a new one. */
+uint64_t winnow_index_left(const struct winnow_core *core, const struct winnow_session *session);
 void winnow_open(struct winnow_core *core, struct winnow_request *request);
 /* True: forked, the op may end. False: it has failed, or waits for room. */
 bool winnow_fork(struct winnow_core *core, struct winnow_session *session);
@@ -313,6 +317,9 @@ void winnow_stats_fill(struct winnow_core *core, struct winnow_request *request)
 /* Sizes the run for the session's context. 0; -EDQUOT. */
 int winnow_run_prepare(struct winnow_core *core, struct winnow_run *run,
                        const struct winnow_session *session, uint32_t n_blocks);
+/* Bytes of index_memory that a step over n_blocks would have to take, beyond what runs hold. */
+size_t winnow_run_wants(const struct winnow_core *core, const struct winnow_session *session,
+                        uint32_t n_blocks);
 /* Sizes the pass. 0; -ENOMEM. */
 int winnow_pass_prepare(struct winnow_pass *pass, const struct winnow_session *session);
 

@@ -31,7 +31,8 @@ static uint64_t window_first(const struct winnow_request *request)
 
 // --- BEGIN, ROOM --------------------------------------------------------------------------------
 
-/* Index memory of the spans that this window makes due. */
+/* Index memory of the spans that this window makes due, and of a step over all that is sealed then:
+ * a context that cannot be decoded is of no use. */
 static bool index_has_room(struct winnow_core *core, const struct winnow_session *session,
                            uint32_t n_tokens)
 {
@@ -49,8 +50,9 @@ static bool index_has_room(struct winnow_core *core, const struct winnow_session
             need_bytes +=
                 winnow_segment_header_bytes(&context->shape, n_blocks) + WINNOW_PAGE_BYTES;
     }
-    return winnow_index_memory_used(core->tiers.index) + need_bytes <=
-           winnow_index_memory_cap(core->tiers.index);
+    if (need_bytes > 0)
+        need_bytes += winnow_run_wants(core, session, k * n_blocks);
+    return need_bytes <= winnow_index_left(core, session);
 }
 
 static void begin_check(struct winnow_core *core, struct winnow_session *session)
@@ -83,10 +85,10 @@ static void begin_check(struct winnow_core *core, struct winnow_session *session
         winnow_op_fail(op, n_tokens ? -EMSGSIZE : -EINVAL,
                        "a window of %u tokens; 1 to %d are taken", n_tokens,
                        WINNOW_WINDOW_TOKENS_MAX);
-    else if (held + n_tokens > core->options.n_tokens_max)
+    else if (held + n_tokens > context->n_tokens_max)
         winnow_op_fail(op, -EDQUOT, "%llu tokens exceed the %llu a context may hold",
                        (unsigned long long)(held + n_tokens),
-                       (unsigned long long)core->options.n_tokens_max);
+                       (unsigned long long)context->n_tokens_max);
     else if (!index_has_room(core, session, n_tokens))
         winnow_op_fail(op, -EDQUOT,
                        "index_memory %llu MiB is full: %llu tokens sealed. hint: a larger "

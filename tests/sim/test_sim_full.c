@@ -159,6 +159,49 @@ static void test_full__smallest_legal_pool(void)
     sim_world_finish(&world);
 }
 
+/* Index memory ends in mid-prefill: what is there can be decoded, and a close makes room. */
+static void test_full__index_in_mid_prefill(void)
+{
+    struct sim_world world;
+    struct sim_options options = {
+        .seed = test_seed(), .host_pool_bytes = 64 << 20, .index_memory_bytes = 1 << 20};
+    full_text(&world, &options);
+    CHECK_EQ(sim_text_fill(&other, 0, 300, 100), 0);
+    uint64_t held = fill_up(&text, 0);
+    CHECK(strstr(text.last.text, "index_memory"));
+    whole_check(&text, held);
+    for (uint64_t position = held; position < held + 20; position++) /* until a span is due */
+        for (uint32_t layer = 0; layer < 2; layer++)
+            CHECK_EQ(sim_text_step(&text, layer, position, 0, out), 0);
+    CHECK_EQ(sim_text_close(&text), 0);
+    CHECK(fill_up(&other, 300) > held);
+    sim_world_finish(&world);
+}
+
+/* Index that was reserved at open is there when its tokens come, whatever others take meanwhile. */
+static void test_full__reserved_index_is_kept(void)
+{
+    static struct sim_text third;
+    struct winnow_session_options reserving = {.n_tokens_max = 1500};
+    struct sim_world world;
+    struct sim_options options = {
+        .seed = test_seed(), .host_pool_bytes = 64 << 20, .index_memory_bytes = 3 << 20};
+    full_text(&world, &options);
+    sim_text_init(&third, &world, &text.model.shape, test_seed() + 2);
+    CHECK_EQ(sim_text_open(&third, &reserving), 0);
+    CHECK_EQ(sim_text_fill(&third, 0, 500, 100), 0);
+    fill_up(&text, 0);
+    fill_up(&other, 0);
+    CHECK_EQ(sim_text_open(&other, &reserving), -EDQUOT);
+    CHECK(strstr(other.last.text, "index of 1500 tokens"));
+    CHECK_EQ(sim_text_fill(&third, 500, 1500, 100), 0);
+    CHECK_EQ(sim_text_window(&third, 0, 1500, 1, NULL), -EDQUOT); /* no more than it said */
+    CHECK(strstr(third.last.text, "1500"));
+    CHECK_EQ(sim_text_truncate(&third, 1400), 0);
+    CHECK_EQ(sim_text_step(&third, 0, 1400, 0, out), 0);
+    sim_world_finish(&world);
+}
+
 int main(int argc, char **argv)
 {
     TEST_INIT(argc, argv);
@@ -167,5 +210,7 @@ int main(int argc, char **argv)
     TEST_RUN(test_full__disk_that_takes_no_writes);
     TEST_RUN(test_full__write_that_fails_is_repeated);
     TEST_RUN(test_full__smallest_legal_pool);
+    TEST_RUN(test_full__index_in_mid_prefill);
+    TEST_RUN(test_full__reserved_index_is_kept);
     return TEST_END();
 }

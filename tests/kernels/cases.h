@@ -47,8 +47,8 @@ enum kernel_input {
     INPUT_DENORMAL, /* numbers below the type's normal range */
     N_INPUTS
 };
-static const char *const kernel_input_name[N_INPUTS] = {"random",   "needle", "equal",   "huge",
-                                                        "overflow", "tiny",   "denormal"};
+static const char *const kernel_input_name[N_INPUTS] = {"random", "needle",   "equal", "steps",
+                                                        "huge",   "overflow", "tiny",  "denormal"};
 
 enum { CASE_POSITIONS = 26 }; /* query positions of a window in the test */
 

@@ -1,0 +1,43 @@
+/*
+ * The stages of a decode step (view.h), each a kernel put into a stream. Nothing is allocated,
+ * nothing waits. n_units, n_launch_blocks are upper bounds known to the host; a stage reads the
+ * launch itself from device memory, so that a captured graph serves every launch of its bucket.
+ * Errors: a cudaError_t, 0 is success.
+ */
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <kernels/cuda/view.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct winnow_gpu_grid { /* of a bucket: what the grids are sized by */
+    uint32_t n_units_max, n_multiprocessors;
+    uint64_t n_blocks_max; /* blocks of all units together */
+};
+
+cudaError_t winnow_gpu_stage_begin(const struct winnow_gpu_view *, const struct winnow_gpu_grid *,
+                                   cudaStream_t);
+cudaError_t winnow_gpu_stage_tail(const struct winnow_gpu_view *, const struct winnow_gpu_grid *,
+                                  cudaStream_t);
+cudaError_t winnow_gpu_stage_scan(const struct winnow_gpu_view *, const struct winnow_gpu_grid *,
+                                  cudaStream_t);
+cudaError_t winnow_gpu_stage_select(const struct winnow_gpu_view *, const struct winnow_gpu_grid *,
+                                    cudaStream_t);
+cudaError_t winnow_gpu_stage_attend(const struct winnow_gpu_view *, const struct winnow_gpu_grid *,
+                                    cudaStream_t);
+cudaError_t winnow_gpu_stage_more(const struct winnow_gpu_view *, const struct winnow_gpu_grid *,
+                                  cudaStream_t);
+/* Once, before the first launch: shared memory and other attributes of the kernels. */
+cudaError_t winnow_gpu_stages_prepare(const struct winnow_gpu_view *);
+
+/* One layer and KV head of a host index into the device's layout, unit_bytes at dst (host memory);
+ * loc is cleared. Plain C, so that tests can read it. */
+void winnow_gpu_index_pack(const struct winnow_gpu_view *, const struct winnow_index_view *,
+                           const uint32_t *homes, uint8_t *dst);
+
+#ifdef __cplusplus
+}
+#endif

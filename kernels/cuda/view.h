@@ -1,0 +1,143 @@
+/*
+ * What the kernels of a decode step see of device memory. Included by kernels/cuda alone, by C and
+ * CUDA files; gpu.h is the contract outwards.
+ *
+ * A launch attends n_items items of one layer each. Item i and KV head h are **unit**
+ * u = i x n_kv_heads + h. Stages, in stream order, each a kernel (stage.h):
+ *
+ *   begin   the new token joins its tail block; the units are cleared
+ *   tail    sinks and tail attended: partials 0 .. n_tail_groups - 1, then ln_z
+ *   scan    the index streamed once: ln_e of every block
+ *   select  keys, histogram, threshold; selected blocks listed in list order; each resolved to a
+ *           place (slot, host) and the missing handed to the fetchers; groups queued
+ *   attend  the first thread blocks fetch, the others attend groups and compensate chunks; the
+ *           last of a unit joins its partials in order, verifies, writes out (unless short)
+ *   more    units short of P: the second round, read, attended, joined again, written
+ *
+ * Partials of a unit stand in one order, which is the order of joining:
+ *   tail groups (8 blocks: sinks, then tail by position), groups of 8 selected in list order,
+ *   chunks of 512 unselected blocks compensated
+ * and, after a second round: tail, selected, groups of the second round, chunks anew. Which thread
+ * block made a partial, and whether a block came from a slot or from the host, is in no bit of it.
+ *
+ * Index of a segment slot: [layer][KV head] of `unit_bytes`, n = S / 16 blocks:
+ *   record [n / 8] of record_bytes: 8 blocks' codes (8 d' bytes each), centroids (d each), code
+ *     scales (fp16 x 16 each), centroid scales (f32 each); d = k_width, d' = d rounded up to 64
+ *     Codes in the order of mma.m16n8k32's A operand, u8 = code + 8, half = d' / 2:
+ *     word (j, lane, i), j < d' / 64: key lane / 4 + 8 (i & 1); byte t holds dimension
+ *     D + t in its low and half + D + t in its high nibble, D = 32 j + 16 (i >> 1) + 4 (lane & 3);
+ *     dimensions from d on are code 0. Code scales: word g holds those of keys g and g + 8.
+ *   vmean i8 [n][v_width], vmean_scale f32 [n], mean_v f32 [v_width],
+ *   home u32 [n], loc u32 [n] (slot + 1, a hint; 0: none)
+ * Block id, dense: ((segment slot x n_layers + layer) x n_kv_heads + head) x n + block.
+ *
+ * Slot word u64, the truth about a slot: block id + 1 in the high half, WINNOW_GPU_FETCHING, a
+ * 31-bit stamp (number of the launch that used it last).
+ *
+ * Blocks are in layout 2 (kernels.h). Tail blocks: [session][layer][KV head][n_sink_blocks +
+ * ring_blocks]; block number j of the context stands at j if it is a sink, else at
+ * n_sink_blocks + (j - n_sink_blocks) % ring_blocks.
+ */
+#pragma once
+
+#include <kernels/gpu.h>
+
+enum {
+    WINNOW_GPU_BINS = 1024,        /* of 1/64 nat, from the largest key down; the last is open */
+    WINNOW_GPU_CHUNK_BLOCKS = 512, /* unselected blocks of one compensation partial */
+    WINNOW_GPU_TAIL_GROUPS_MAX = 160,
+};
+#define WINNOW_GPU_FETCHING   UINT64_C(0x80000000)
+#define WINNOW_GPU_STAMP_MASK UINT64_C(0x7fffffff)
+#define WINNOW_GPU_FROM_HOST  0x80000000u /* winnow_gpu_listed.place: a host block, else a slot */
+
+/* A selected block, in list order. */
+struct winnow_gpu_listed {
+    uint32_t block; /* in the unit's list: segment x n + block */
+    uint32_t place; /* slot, or WINNOW_GPU_FROM_HOST | host block; WINNOW_GPU_ON_DISK: neither */
+};
+
+/* A block on its way from the host into a slot. */
+struct winnow_gpu_fetch {
+    uint32_t home, slot;
+};
+
+/* A group of a unit's list, or a chunk to compensate. */
+struct winnow_gpu_work {
+    uint32_t unit;
+    uint32_t idx; /* group, or WINNOW_GPU_WORK_CHUNK | chunk */
+};
+#define WINNOW_GPU_WORK_CHUNK 0x80000000u
+
+/* Sums are u64 fixed point 2^-40 of exp(. - largest[g]), saturating, as in ref. */
+struct winnow_gpu_unit {
+    uint32_t item, head, layer;
+    uint32_t n_blocks;      /* sealed, of its list */
+    uint32_t block_first;   /* of its ln_e, key, selected, listed: view arrays at this block */
+    uint32_t partial_first; /* of its partials */
+    uint32_t n_tail_groups, n_groups, n_groups_more, n_chunks;
+    uint32_t n_selected, n_more; /* of listed: the first round's, then the second's */
+    uint32_t n_device, n_host, n_unfit, n_disk;
+    uint32_t n_done;            /* partials of this round finished: the last joins */
+    uint32_t is_short;          /* set by attend: `more` has work */
+    uint32_t has_unknown;       /* an unselected block of unknown estimate: the certificate is 0 */
+    float key_threshold;        /* blocks with key >= this are selected; +inf: none */
+    float key_quarter;          /* the last quarter of the selected, at least 4: key < this */
+    float key_largest;          /* origin of the bins */
+    float ln_z[WINNOW_GQA_MAX]; /* mass of sinks and tail */
+    float largest[WINNOW_GQA_MAX];                     /* of ln_z and the known ln_e */
+    uint64_t z[WINNOW_GQA_MAX], total[WINNOW_GQA_MAX]; /* exp(ln_z), and with all ln_e */
+    float rho[WINNOW_GQA_MAX], mass[WINNOW_GQA_MAX];
+};
+
+/* Counters that stages hand each other; cleared by begin. */
+struct winnow_gpu_queue {
+    uint32_t n_fetch, n_ready, n_waiting; /* filled by select: ready groups hold no missing block */
+    uint32_t fetch_next, ready_next, ticket_next; /* taken by attend */
+    uint32_t n_units_done, n_short;
+};
+
+struct winnow_gpu_launch {
+    uint32_t n_items, n_units, stamp;
+    struct winnow_gpu_item item[WINNOW_GPU_ITEMS_MAX];
+    uint32_t block_first[WINNOW_GPU_ITEMS_MAX];   /* of the item's head 0; head h: + h x n_blocks */
+    uint32_t partial_first[WINNOW_GPU_ITEMS_MAX]; /* likewise, in partials; a head takes the same */
+    uint32_t partials_of_head[WINNOW_GPU_ITEMS_MAX];
+};
+
+/* By value to every kernel. */
+struct winnow_gpu_view {
+    uint32_t n_layers, n_q_heads, n_kv_heads, n_group; /* n_group = G */
+    uint32_t k_width, v_width, kv_dtype, io_dtype;
+    float softmax_scale;
+    uint32_t span_blocks, n_sink_blocks, ring_blocks, block_bytes;
+
+    uint8_t *index;
+    uint64_t segment_bytes;
+    uint32_t unit_bytes, record_bytes, vmean_at, vmean_scale_at, mean_v_at, home_at, loc_at;
+
+    uint8_t *slots;
+    uint64_t *slot_word; /* [n_layers][n_slots_layer] */
+    uint32_t n_slots_layer;
+    uint32_t *hand;                       /* [n_layers] */
+    struct winnow_gpu_counters *counters; /* [n_layers] */
+    const uint8_t *host;
+
+    uint8_t *tails;
+    uint64_t session_bytes;
+    uint32_t *session_segments; /* [session][n_session_segments_max] segment slots */
+    uint32_t n_session_segments_max;
+
+    struct winnow_gpu_launch *launch;
+    struct winnow_gpu_unit *unit;
+    struct winnow_gpu_queue *queue;
+    float *ln_e;                      /* [block][G] */
+    float *key;                       /* [block] */
+    uint8_t *selected;                /* [block]: 0, 1, 2 (second round) */
+    struct winnow_gpu_listed *listed; /* [block] */
+    float *ln_m;                      /* [block][G]: of selected blocks, by block */
+    struct winnow_gpu_fetch *fetch;
+    struct winnow_gpu_work *ready, *waiting;
+    float *partial; /* [partial][G][v_width + 2] */
+    uint32_t n_fetchers;
+};

@@ -1,0 +1,148 @@
+/*
+ * The contract of the GPU: a decode step in which the CPU takes no part.
+ *
+ * kernels.h's table is functions over plain host arrays; a GPU wants its data resident and one
+ * launch for all heads of many sessions. So it has a contract of its own: device memory that holds
+ * index, tails and a cache of blocks, filled once, and `decode`, which attends a batch of items of
+ * one layer. Results are those of kernels.h, held against ref/ by tests/kernels, with tolerances
+ * and one difference: selection goes by bins of 1/64 nat (below).
+ *
+ * winnow_cuda.so exports winnow_gpu_find; kernels/gpu.c loads it, so that one binary runs with and
+ * without a driver. One **gpu** serves one model shape on one device; memory is reserved at create
+ * and everything in it is an index: slots, segment slots, session slots.
+ *
+ * Device memory of a gpu
+ *   index     segment slots: the index of S tokens, all layers and KV heads, device layout
+ *   slots     the cache: blocks of layout 2, shared by layers, heads and sessions; a hand a layer
+ *   tails     session slots: sinks, and a ring of tail blocks, of every layer and KV head
+ *   scratch   estimates, lists and partials of one launch
+ * Every sealed block has a **home**: its place in the host arena, or WINNOW_GPU_ON_DISK.
+ *
+ * Selection: the key of a block is ln of its summed share, as in kernels.h; the prefix ends at a
+ * bin of 1/64 nat, so it is the shortest such prefix that serves every query head: a superset of
+ * ref's by the rest of one bin (0.5-0.65 % of the blocks, gpu_scan's measurement).
+ *
+ * Thread: one owner a gpu; calls return at once but where "waits" is said. After a call returned
+ * -EIO (a sticky error: the context is lost) every further call but destroy returns -EIO.
+ */
+#pragma once
+
+#include <kernels/kernels.h>
+#include <stdbool.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum {
+    WINNOW_GPU_ITEMS_MAX = 256,
+    WINNOW_GPU_ON_DISK = 0xffffffffu, /* a home: not in the host arena */
+};
+
+struct winnow_gpu; /* opaque */
+
+struct winnow_gpu_options {
+    uint32_t device_ordinal;
+    struct winnow_model_shape shape; /* fp16 or bf16 at rest, block_layout 2 */
+    uint32_t segment_tokens;         /* S: a multiple of 128 */
+    uint32_t n_sinks;                /* a multiple of 16, at most 64 */
+    uint32_t n_segments_max;         /* segment slots */
+    uint32_t n_sessions_max;         /* session slots */
+    uint32_t n_session_segments_max; /* of one context */
+    uint32_t n_slots;                /* the cache, in blocks; divided evenly over layers */
+    uint32_t n_items_max;            /* of a launch, at most WINNOW_GPU_ITEMS_MAX */
+    uint64_t n_launch_blocks_max;    /* sealed blocks a head, summed over the items of a launch */
+    uint32_t n_fetchers;             /* thread blocks that fetch; 0: 32. No result depends on it */
+    void *host_arena;          /* block i at i x block bytes; registered here, read by kernels */
+    uint64_t host_arena_bytes; /* stays mapped until destroy */
+};
+
+/* What create would reserve. */
+struct winnow_gpu_sizes {
+    uint64_t index_bytes, tail_bytes, cache_bytes, scratch_bytes, other_bytes;
+    uint64_t segment_bytes, session_bytes; /* of one slot */
+};
+
+/* Of one item, from the kernels: winnow_core_certificate's figures. */
+struct winnow_gpu_certificate {
+    uint32_t status;   /* 0, or a positive errno: EDOM (non-finite result), EIO (a bad index) */
+    uint32_t n_rounds; /* 1, or 2: some head was short and read more */
+    float mass_reached, mass_mean;           /* least over query heads; mean */
+    uint32_t n_blocks_device, n_blocks_host; /* selected, by where they were found */
+    uint32_t n_blocks_unfit; /* of those on the host, attended from there: no slot was free */
+    uint32_t n_blocks_disk;  /* selected, on disk: not attended, compensated (n_missed) */
+};
+
+/* One decode item. Addresses are device-visible: device memory, or the registered host arena.
+ * k, v of the new token NULL: nothing is appended. Lengths are after the append. */
+struct winnow_gpu_item {
+    uint32_t session, layer;
+    uint32_t n_segments;   /* in force in this layer */
+    uint64_t n_tokens;     /* held by this layer */
+    float mass;            /* 0 < P < 1 */
+    uint32_t n_blocks_max; /* budget a KV head; 0: none */
+    const void *q, *k, *v; /* io_dtype, as a winnow_request's attend */
+    void *out;             /* [Hq][v_width] io_dtype; NaN when status is not 0 */
+    float *lse;            /* [Hq], or NULL */
+    struct winnow_gpu_certificate *certificate;
+};
+
+struct winnow_gpu_counters { /* since create, of one layer */
+    uint64_t n_hits, n_misses, n_evictions, n_unfit;
+};
+
+struct winnow_gpu_api {
+    const char *name; /* "cuda" */
+
+    /* 0, or -ENODEV (no driver, no device of that number), -ENOTSUP (compute capability below 8.0);
+     * a line in text: the device's name, driver, memory, or what is missing. */
+    int (*probe)(uint32_t device_ordinal, char text[256]);
+    /* 0, or -EINVAL, -EOVERFLOW with a line in text. Touches no device. */
+    int (*sizes)(const struct winnow_gpu_options *, struct winnow_gpu_sizes *, char text[256]);
+    /* Waits. 0; -EINVAL, -ENODEV, -ENOTSUP, -ENOMEM (what was short in text), -EIO. */
+    int (*create)(const struct winnow_gpu_options *, struct winnow_gpu **ret_gpu, char text[256]);
+    /* Waits for what runs. NULL is fine. */
+    void (*destroy)(struct winnow_gpu *);
+
+    /* Index of one layer of a segment slot, from views [n_kv_heads] in kernels.h's layout, and the
+     * homes [n_kv_heads][S / 16] of its blocks; what the cache held of it is dropped. Waits for
+     * the copy of the arguments only; later launches see it. 0 or -EIO. */
+    int (*segment_put)(struct winnow_gpu *, uint32_t segment_slot, uint32_t layer,
+                       const struct winnow_index_view *views, const uint32_t *homes);
+    /* New home of n blocks of one layer: between launches. 0 or -EIO. */
+    int (*homes_set)(struct winnow_gpu *, uint32_t segment_slot, uint32_t layer, uint32_t n,
+                     const uint32_t *block_idx /* head x S/16 + block */, const uint32_t *home);
+    /* The cache forgets a segment whose slot is to be used anew. 0 or -EIO. */
+    int (*segment_drop)(struct winnow_gpu *, uint32_t segment_slot);
+    /* Segment slots of a session's context, in order. 0 or -EIO. */
+    int (*session_set)(struct winnow_gpu *, uint32_t session, uint32_t n_segments,
+                       const uint32_t *segment_slots);
+    /* n blocks (layout 2) of the sinks and tail of one layer: block numbers [n] of the context
+     * (position / 16), data [n][n_kv_heads] pointers to host memory. 0 or -EIO. */
+    int (*tail_put)(struct winnow_gpu *, uint32_t session, uint32_t layer, uint32_t n,
+                    const uint32_t *block_number, const void *const *data);
+
+    /* Attends n items of any sessions and of one layer each (a session at most once). `items` is
+     * copied. Returns a ticket > 0; -EINVAL (an argument out of range, nothing done), -EBUSY (two
+     * launches are out), -EIO. */
+    int64_t (*decode)(struct winnow_gpu *, uint32_t n_items, const struct winnow_gpu_item *items);
+    /* 1: that launch and all before it are complete, their certificates are written. 0: not yet.
+     * -EIO. wait: waits for it. */
+    int (*poll)(struct winnow_gpu *, int64_t ticket, bool wait);
+
+    int (*counters)(struct winnow_gpu *, uint32_t layer, struct winnow_gpu_counters *); /* waits */
+    /* The plain entries of kernels.h over host memory, each a launch that waits: tests, oracles. */
+    const struct winnow_kernels *(*kernels)(void);
+};
+
+/* Of winnow_cuda.so, by dlopen: path NULL: beside this program, then the loader's search. NULL with
+ * a line in text: not there, or its contract is another version. The library stays loaded. */
+const struct winnow_gpu_api *winnow_gpu_load(const char *path, char text[256]);
+
+enum { WINNOW_GPU_API_VERSION = 1 };
+/* The symbol that winnow_cuda.so exports; NULL: it has another version. */
+const struct winnow_gpu_api *winnow_gpu_find(uint32_t version);
+
+#ifdef __cplusplus
+}
+#endif

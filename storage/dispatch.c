@@ -11,6 +11,7 @@
 //
 // Deadlines do not stop anything: no kernel gives a buffer back early (of 200 cancelled reads none
 // was stopped). A late request is answered at once, and its memory comes back with the completion.
+// While the breaker is open (breaker.h) reads end where they would be submitted, as late and not held.
 #include <base/alloc.h>
 #include <base/assert.h>
 #include <base/clock.h>
@@ -33,7 +34,9 @@ struct winnow_flight {
     uint64_t offset_bytes;
     uint32_t file_no, n_bytes, n_done_bytes;
     uint32_t n_again;
+    int64_t made_ns;
     uint8_t kind, priority;
+    bool is_late, is_probe; /* told to the breaker; to be told to it */
 };
 
 int winnow_dispatch_init(struct winnow_dispatch *dispatch, const struct winnow_io_method *method,
@@ -44,6 +47,7 @@ int winnow_dispatch_init(struct winnow_dispatch *dispatch, const struct winnow_i
     dispatch->next_deadline_ns = WINNOW_NEVER_NS;
     dispatch->ready_end = &dispatch->ready;
     winnow_queue_init(&dispatch->queue, window);
+    winnow_breaker_init(&dispatch->breaker);
     dispatch->flight = winnow_alloc_array(window, sizeof *dispatch->flight);
     dispatch->file_idx = winnow_alloc_array(n_files_max, sizeof *dispatch->file_idx);
     int rc = winnow_ring_create(n_requests_max + n_files_max, sizeof(struct winnow_message),
@@ -151,6 +155,7 @@ static struct winnow_flight *flight_make(struct winnow_dispatch *dispatch, int64
                                      .data = first->data,
                                      .offset_bytes = first->offset_bytes,
                                      .file_no = first->file_no,
+                                     .made_ns = now_ns,
                                      .kind = first->kind,
                                      .priority = first->priority};
     for (const struct winnow_io_request *request = first; request; request = request->next)
@@ -162,9 +167,12 @@ static struct winnow_flight *flight_make(struct winnow_dispatch *dispatch, int64
     return flight;
 }
 
-static void flight_end(struct winnow_dispatch *dispatch, struct winnow_flight *flight)
+static void flight_end(struct winnow_dispatch *dispatch, struct winnow_flight *flight,
+                       int64_t now_ns)
 {
     winnow_queue_ended(&dispatch->queue, flight->priority);
+    if (flight->is_probe)
+        winnow_breaker_answered(&dispatch->breaker, now_ns);
     flight->requests = NULL;
     flight->next = dispatch->free_flight;
     dispatch->free_flight = flight;
@@ -196,7 +204,7 @@ static void flight_fail(struct winnow_dispatch *dispatch, struct winnow_flight *
         else
             request_end(dispatch, request, error == -ENOSPC ? -ENOSPC : -EIO, now_ns);
     }
-    flight_end(dispatch, flight);
+    flight_end(dispatch, flight, now_ns);
 }
 
 static void flight_done(struct winnow_dispatch *dispatch, struct winnow_flight *flight,
@@ -228,7 +236,7 @@ static void flight_done(struct winnow_dispatch *dispatch, struct winnow_flight *
         next = request->next;
         request_check(dispatch, request, now_ns);
     }
-    flight_end(dispatch, flight);
+    flight_end(dispatch, flight, now_ns);
 }
 
 static bool completions_take(struct winnow_dispatch *dispatch, int64_t now_ns)
@@ -287,8 +295,9 @@ static void deadlines_check(struct winnow_dispatch *dispatch, int64_t now_ns)
              request = request->next)
             next_ns = request->deadline_ns < next_ns ? request->deadline_ns : next_ns;
     for (uint32_t i = 0; i < dispatch->window; i++) {
-        struct winnow_io_request *request = dispatch->flight[i].requests;
-        for (; request; request = request->next) {
+        struct winnow_flight *flight = &dispatch->flight[i];
+        for (struct winnow_io_request *request = flight->requests; request;
+             request = request->next) {
             if (request->timed_out)
                 continue;
             if (request->deadline_ns > now_ns) {
@@ -296,6 +305,9 @@ static void deadlines_check(struct winnow_dispatch *dispatch, int64_t now_ns)
                 continue;
             }
             request->timed_out = true;
+            if (!flight->is_late)
+                flight->is_late =
+                    winnow_breaker_late(&dispatch->breaker, now_ns - flight->made_ns, now_ns);
             answer(dispatch,
                    &(struct winnow_message){.kind = WINNOW_MESSAGE_LATE, .request = request});
         }
@@ -312,7 +324,7 @@ static bool flight_dropped(struct winnow_dispatch *dispatch, struct winnow_fligh
         if (!atomic_load_explicit(request->dropped, memory_order_relaxed))
             return false;
     list_end(dispatch, flight->requests, -ECANCELED, now_ns);
-    flight_end(dispatch, flight);
+    flight_end(dispatch, flight, now_ns);
     return true;
 }
 
@@ -321,15 +333,19 @@ static void flights_fill(struct winnow_dispatch *dispatch, int64_t now_ns)
     uint32_t n_ready = 0;
     for (const struct winnow_flight *flight = dispatch->ready; flight; flight = flight->next)
         n_ready++;
-    while (n_ready < SUBMIT_MAX && !dispatch->stopping) {
+    while (n_ready < SUBMIT_MAX && !dispatch->stopping &&
+           winnow_breaker_lets(&dispatch->breaker, now_ns)) {
         struct winnow_flight *flight = flight_make(dispatch, now_ns);
         if (!flight)
             break;
         if (flight_dropped(dispatch, flight, now_ns))
             continue;
+        flight->is_probe = winnow_breaker_sent(&dispatch->breaker, now_ns);
         flight_ready(dispatch, flight);
         n_ready++;
     }
+    if (winnow_breaker_is_open(&dispatch->breaker))
+        list_end(dispatch, winnow_queue_take_reads(&dispatch->queue), -ETIMEDOUT, now_ns);
 }
 
 static bool flights_submit(struct winnow_dispatch *dispatch, int64_t now_ns)
@@ -378,6 +394,8 @@ int64_t winnow_dispatch_step(struct winnow_dispatch *dispatch, int64_t now_ns)
     if (moved)
         return now_ns;
     int64_t next_ns = winnow_queue_next(&dispatch->queue);
+    if (next_ns < winnow_breaker_next(&dispatch->breaker))
+        next_ns = winnow_breaker_next(&dispatch->breaker);
     next_ns = dispatch->free_flight ? next_ns : WINNOW_NEVER_NS;
     return dispatch->next_deadline_ns < next_ns ? dispatch->next_deadline_ns : next_ns;
 }

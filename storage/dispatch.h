@@ -7,6 +7,7 @@
 #pragma once
 
 #include <base/ring.h>
+#include <storage/breaker.h>
 #include <storage/queue.h>
 
 struct winnow_flight;
@@ -20,6 +21,7 @@ struct winnow_dispatch {
     bool answered; /* an empty ring of answers was filled since the last notify */
 
     struct winnow_queue queue;
+    struct winnow_breaker breaker;
     uint32_t window;
     struct winnow_flight *flight;      /* [window] */
     struct winnow_flight *free_flight; /* list */

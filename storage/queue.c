@@ -186,3 +186,11 @@ struct winnow_io_request *winnow_queue_take_expired(struct winnow_queue *queue, 
         expired = list_take_expired(&queue->list[i], now_ns, expired);
     return expired;
 }
+
+struct winnow_io_request *winnow_queue_take_reads(struct winnow_queue *queue)
+{
+    struct winnow_io_request *reads = NULL;
+    for (uint32_t i = 0; i < WINNOW_IO_SPILL; i++)
+        reads = list_take_expired(&queue->list[i], WINNOW_NEVER_NS, reads);
+    return reads;
+}

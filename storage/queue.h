@@ -35,3 +35,5 @@ int64_t winnow_queue_next(const struct winnow_queue *queue);
 
 /* Unlinks those that are past their deadline; returns them as a list. */
 struct winnow_io_request *winnow_queue_take_expired(struct winnow_queue *queue, int64_t now_ns);
+/* Unlinks all reads; returns them as a list. */
+struct winnow_io_request *winnow_queue_take_reads(struct winnow_queue *queue);

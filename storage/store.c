@@ -394,6 +394,7 @@ void winnow_store_facts(struct winnow_store *store, struct winnow_store_facts *f
     facts->allocated_bytes = store->n_files * store->data_file_bytes;
     facts->used_bytes = (uint64_t)store->grains.n_used * WINNOW_GRAIN_BYTES;
     facts->bad_bytes = (uint64_t)store->grains.n_bad * WINNOW_GRAIN_BYTES;
+    facts->stuck = winnow_breaker_is_open(&store->dispatch.breaker);
     facts->in_flight = atomic_load_explicit(&store->dispatch.n_in_flight, memory_order_relaxed);
     facts->in_flight_max =
         atomic_load_explicit(&store->dispatch.n_in_flight_max, memory_order_relaxed);

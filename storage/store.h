@@ -110,7 +110,8 @@ int winnow_store_write(struct winnow_store *store, struct winnow_stored *stored,
 
 struct winnow_store_done {
     uint64_t tag;
-    int32_t result;      /* 0, -ENODATA (bad sum or EIO after one retry), -ETIMEDOUT, -EIO (write),
+    int32_t result;      /* 0, -ENODATA (bad sum or EIO after one retry), -ETIMEDOUT (late, or the
+                            disk is known not to answer: facts.stuck), -EIO (write),
                             -ENOSPC (write), -ECANCELED (segment destroyed) */
     uint32_t disk_bytes; /* this request's share of what was read or written, retries too */
     bool held;           /* -ETIMEDOUT only: the kernel still owns `data`; a second done with the
@@ -135,5 +136,6 @@ struct winnow_store_facts {
     uint64_t errors_crc, errors_io, retries, timeouts;
     uint32_t window, in_flight, in_flight_max;
     bool degraded; /* no more writes after repeated errors */
+    bool stuck;    /* the disk does not answer: reads end with -ETIMEDOUT at once, writes wait */
 };
 void winnow_store_facts(struct winnow_store *store, struct winnow_store_facts *facts);

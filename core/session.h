@@ -273,7 +273,24 @@ struct winnow_core {
     struct winnow_core_stats stats; /* of closed sessions, and of what belongs to none */
 };
 
-/* --- core.c: ops --- */
+/* --- request.c --- */
+int winnow_requests_create(struct winnow_ring **ret_ring);
+/* Takes what has come in. True: something had. */
+bool winnow_requests_poll(struct winnow_core *core);
+/* Takes the request at `at` out of the session's queue. */
+void winnow_queue_leave(struct winnow_session *session, struct winnow_request **at);
+/* Ends what waits behind another request and is late. Returns the nearest deadline of the rest. */
+int64_t winnow_queue_expire(struct winnow_core *core, struct winnow_session *session);
+/* Tokens held where the request points: of its layer, or of every layer. */
+uint64_t winnow_request_held(const struct winnow_session *session,
+                             const struct winnow_request *request);
+void winnow_request_done(struct winnow_core *core, struct winnow_request *request);
+
+/* --- op.c --- */
+/* The session's next request becomes its op, when it has none. */
+void winnow_op_start_next(struct winnow_core *core, struct winnow_session *session);
+/* Every op goes as far as it can. Returns the nearest deadline. */
+int64_t winnow_ops_advance(struct winnow_core *core);
 void winnow_op_fail(struct winnow_op *op, int error, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 void winnow_op_end(struct winnow_core *core, struct winnow_session *session);
@@ -282,6 +299,16 @@ void winnow_op_lost(struct winnow_op *op, const struct winnow_segment *segment, 
 /* n slots, all or none, of the session's block size into op->slot; given back with the op while
  * n_slots says so. */
 bool winnow_op_slots_take(struct winnow_core *core, struct winnow_session *session, uint32_t n);
+/* There is no room now for what the format names: spills more; when nothing under way can free
+ * memory, the op fails with -EDQUOT. */
+void winnow_op_wait_room(struct winnow_core *core, struct winnow_op *op, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+void winnow_session_destroy(struct winnow_core *core, struct winnow_session *session);
+void winnow_core_scratch_free(struct winnow_core *core);
+int winnow_core_scratch_grow(struct winnow_core *core, const struct winnow_model_shape *shape,
+                             uint32_t segment_tokens);
+
+/* --- core.c: items --- */
 /* An item of the session's op; NULL: all are out, try again when one ends. */
 struct winnow_item *winnow_item_take(struct winnow_core *core, struct winnow_session *session);
 void winnow_item_submit(struct winnow_core *core, struct winnow_item *item, uint32_t lane,
@@ -293,14 +320,6 @@ void winnow_item_run_here(struct winnow_core *core, struct winnow_item *item,
                           void (*done)(struct winnow_core *, struct winnow_item *));
 /* The common end of an item: its error becomes the op's. */
 void winnow_item_done(struct winnow_core *core, struct winnow_item *item);
-/* There is no room now for what the format names: spills more; when nothing under way can free
- * memory, the op fails with -EDQUOT. */
-void winnow_op_wait_room(struct winnow_core *core, struct winnow_op *op, const char *format, ...)
-    __attribute__((format(printf, 3, 4)));
-void winnow_session_destroy(struct winnow_core *core, struct winnow_session *session);
-void winnow_core_scratch_free(struct winnow_core *core);
-int winnow_core_scratch_grow(struct winnow_core *core, const struct winnow_model_shape *shape,
-                             uint32_t segment_tokens);
 
 /* --- the kinds --- */
 void winnow_decode_advance(struct winnow_core *core, struct winnow_session *session);

@@ -51,7 +51,8 @@ enum {
 #define WINNOW_GPU_STAMP_MASK UINT64_C(0x7fffffff)
 #define WINNOW_GPU_FROM_HOST  0x80000000u /* winnow_gpu_listed.place: a host block, else a slot */
 
-/* A selected block, in list order. */
+/* A selected block, in list order. A block found on disk stays listed, and selected is 0 again: it
+ * is compensated. Slots are counted over all layers: layer x n_slots_layer + place in the layer. */
 struct winnow_gpu_listed {
     uint32_t block; /* in the unit's list: segment x n + block */
     uint32_t place; /* slot, or WINNOW_GPU_FROM_HOST | host block; WINNOW_GPU_ON_DISK: neither */
@@ -72,6 +73,7 @@ struct winnow_gpu_work {
 /* Sums are u64 fixed point 2^-40 of exp(. - largest[g]), saturating, as in ref. */
 struct winnow_gpu_unit {
     uint32_t item, head, layer;
+    uint32_t status;        /* 0, or a positive errno: no stage works on it (of all its item's) */
     uint32_t n_blocks;      /* sealed, of its list */
     uint32_t block_first;   /* of its ln_e, key, selected, listed: view arrays at this block */
     uint32_t partial_first; /* of its partials */
@@ -79,6 +81,7 @@ struct winnow_gpu_unit {
     uint32_t n_selected, n_more; /* of listed: the first round's, then the second's */
     uint32_t n_device, n_host, n_unfit, n_disk;
     uint32_t n_done;            /* partials of this round finished: the last joins */
+    uint32_t n_heads_done;      /* of the item's head 0: the last head writes the certificate */
     uint32_t is_short;          /* set by attend: `more` has work */
     uint32_t has_unknown;       /* an unselected block of unknown estimate: the certificate is 0 */
     float key_threshold;        /* blocks with key >= this are selected; +inf: none */
@@ -88,13 +91,18 @@ struct winnow_gpu_unit {
     float largest[WINNOW_GQA_MAX];                     /* of ln_z and the known ln_e */
     uint64_t z[WINNOW_GQA_MAX], total[WINNOW_GQA_MAX]; /* exp(ln_z), and with all ln_e */
     float rho[WINNOW_GQA_MAX], mass[WINNOW_GQA_MAX];
+    float need[WINNOW_GQA_MAX]; /* short: exp(ln_e - largest) that the second round has to add */
 };
 
-/* Counters that stages hand each other; cleared by begin. */
+/*
+ * Counters that stages hand each other, one set a round; cleared by begin. Filled by select (the
+ * second by `more`, whose lists begin at 0 again): blocks to fetch; ready work, which is groups
+ * without a missing block and all chunks; and groups that wait for a block.
+ */
 struct winnow_gpu_queue {
-    uint32_t n_fetch, n_ready, n_waiting; /* filled by select: ready groups hold no missing block */
-    uint32_t fetch_next, ready_next, ticket_next; /* taken by attend */
-    uint32_t n_units_done, n_short;
+    uint32_t n_fetch, n_ready, n_waiting;
+    uint32_t waiting_next, ticket_next; /* taken by attend, more */
+    uint32_t n_short, n_listed;         /* units: short after this round; whose list is complete */
 };
 
 struct winnow_gpu_launch {
@@ -130,7 +138,7 @@ struct winnow_gpu_view {
 
     struct winnow_gpu_launch *launch;
     struct winnow_gpu_unit *unit;
-    struct winnow_gpu_queue *queue;
+    struct winnow_gpu_queue *queue;   /* [2] */
     float *ln_e;                      /* [block][G] */
     float *key;                       /* [block] */
     uint8_t *selected;                /* [block]: 0, 1, 2 (second round) */

@@ -170,6 +170,11 @@ void winnow_sim_disk_fail(struct winnow_sim_disk *disk, int kind, uint64_t nth, 
         (struct sim_script){.kind = kind, .fault = fault, .skip = nth - 1, .n_times = n_times};
 }
 
+void winnow_sim_disk_heal(struct winnow_sim_disk *disk)
+{
+    disk->n_scripts = 0;
+}
+
 void winnow_sim_disk_release(struct winnow_sim_disk *disk)
 {
     for (uint32_t i = 0; i < disk->counts.in_flight; i++) {

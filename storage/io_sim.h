@@ -81,6 +81,7 @@ int64_t winnow_sim_disk_next(const struct winnow_sim_disk *disk); /* next comple
  * n_times lasts. At most 16 scripts wait at once. */
 void winnow_sim_disk_fail(struct winnow_sim_disk *disk, int kind, uint64_t nth, uint64_t n_times,
                           enum winnow_sim_fault fault);
+void winnow_sim_disk_heal(struct winnow_sim_disk *disk);    /* forgets what `fail` was told */
 void winnow_sim_disk_release(struct winnow_sim_disk *disk); /* stuck operations end in EIO */
 
 /* The medium itself, by file name. False: no such file or place. */

@@ -8,15 +8,17 @@
  * and one difference: selection goes by bins of 1/64 nat (below).
  *
  * winnow_cuda.so exports winnow_gpu_find; kernels/gpu.c loads it, so that one binary runs with and
- * without a driver. One **gpu** serves one model shape on one device; memory is reserved at create
- * and everything in it is an index: slots, segment slots, session slots.
+ * without a driver. A **device** is opened once, with all the memory it may ever use; a **gpu** serves
+ * one model shape and carves what it needs out of it; everything there is an index: slots, segment
+ * slots, session slots.
  *
  * Device memory of a gpu
  *   index     segment slots: the index of S tokens, all layers and KV heads, device layout
  *   slots     the cache: blocks of layout 2, shared by layers, heads and sessions; a hand a layer
  *   tails     session slots: sinks, and a ring of tail blocks, of every layer and KV head
  *   scratch   estimates, lists and partials of one launch
- * Every sealed block has a **home**: its place in the host arena, or WINNOW_GPU_ON_DISK.
+ * Every sealed block has a **home**: its offset in the host arena in pages of 4,096 bytes, or
+ * WINNOW_GPU_ON_DISK.
  *
  * Selection: the key of a block is ln of its summed share, as in kernels.h; the prefix ends at a
  * bin of 1/64 nat, so it is the shortest such prefix that serves every query head: a superset of
@@ -39,10 +41,10 @@ enum {
     WINNOW_GPU_ON_DISK = 0xffffffffu, /* a home: not in the host arena */
 };
 
-struct winnow_gpu; /* opaque */
+struct winnow_gpu_device; /* opaque */
+struct winnow_gpu;
 
 struct winnow_gpu_options {
-    uint32_t device_ordinal;
     struct winnow_model_shape shape; /* fp16 or bf16 at rest, block_layout 2 */
     uint32_t segment_tokens;         /* S: a multiple of 128 */
     uint32_t n_sinks;                /* a multiple of 16, at most 64 */
@@ -53,8 +55,6 @@ struct winnow_gpu_options {
     uint32_t n_items_max;            /* of a launch, at most WINNOW_GPU_ITEMS_MAX */
     uint64_t n_launch_blocks_max;    /* sealed blocks a head, summed over the items of a launch */
     uint32_t n_fetchers;             /* thread blocks that fetch; 0: 32. No result depends on it */
-    void *host_arena;          /* block i at i x block bytes; registered here, read by kernels */
-    uint64_t host_arena_bytes; /* stays mapped until destroy */
 };
 
 /* What create would reserve. */
@@ -70,11 +70,12 @@ struct winnow_gpu_certificate {
     float mass_reached, mass_mean;           /* least over query heads; mean */
     uint32_t n_blocks_device, n_blocks_host; /* selected, by where they were found */
     uint32_t n_blocks_unfit; /* of those on the host, attended from there: no slot was free */
-    uint32_t n_blocks_disk;  /* selected, on disk: not attended, compensated (n_missed) */
+    uint32_t n_blocks_disk;  /* selected, on disk: not attended, compensated */
 };
 
-/* One decode item. Addresses are device-visible: device memory, or the registered host arena.
- * k, v of the new token NULL: nothing is appended. Lengths are after the append. */
+/* One decode item. q, k, v are host memory of any kind, copied by decode; out, lse and certificate
+ * are written by the poll that says the launch is complete. k, v of the new token NULL: nothing is
+ * appended. Lengths are after the append. */
 struct winnow_gpu_item {
     uint32_t session, layer;
     uint32_t n_segments;   /* in force in this layer */
@@ -85,6 +86,9 @@ struct winnow_gpu_item {
     void *out;             /* [Hq][v_width] io_dtype; NaN when status is not 0 */
     float *lse;            /* [Hq], or NULL */
     struct winnow_gpu_certificate *certificate;
+    /* Those of n_blocks_disk, head x list + block, as many as fit; NULL: not wanted. Read them into
+     * the arena, set their homes and decode again without k, v: the same selection, all attended. */
+    uint32_t *disk_block, n_disk_block_max;
 };
 
 struct winnow_gpu_counters { /* since create, of one layer */
@@ -99,9 +103,17 @@ struct winnow_gpu_api {
     int (*probe)(uint32_t device_ordinal, char text[256]);
     /* 0, or -EINVAL, -EOVERFLOW with a line in text. Touches no device. */
     int (*sizes)(const struct winnow_gpu_options *, struct winnow_gpu_sizes *, char text[256]);
-    /* Waits. 0; -EINVAL, -ENODEV, -ENOTSUP, -ENOMEM (what was short in text), -EIO. */
-    int (*create)(const struct winnow_gpu_options *, struct winnow_gpu **ret_gpu, char text[256]);
-    /* Waits for what runs. NULL is fine. */
+    /* Reserves memory_bytes of the device and registers the host arena, whose pages kernels read
+     * from here on: it stays mapped until close. Waits. 0; -ENODEV, -ENOTSUP, -ENOMEM (what was
+     * short in text), -EIO. */
+    int (*open)(uint32_t device_ordinal, uint64_t memory_bytes, void *host_arena,
+                uint64_t host_arena_bytes, struct winnow_gpu_device **ret_device, char text[256]);
+    void (*close)(struct winnow_gpu_device *); /* its gpus are destroyed. NULL is fine */
+    /* Out of the device's memory. Waits. 0; -EINVAL, -ENOMEM (the sum and what is left in text),
+     * -EIO. */
+    int (*create)(struct winnow_gpu_device *, const struct winnow_gpu_options *,
+                  struct winnow_gpu **ret_gpu, char text[256]);
+    /* Waits for what runs; its memory is the device's again. NULL is fine. */
     void (*destroy)(struct winnow_gpu *);
 
     /* Index of one layer of a segment slot, from views [n_kv_heads] in kernels.h's layout, and the
@@ -123,7 +135,7 @@ struct winnow_gpu_api {
                     const uint32_t *block_number, const void *const *data);
 
     /* Attends n items of any sessions and of one layer each (a session at most once). `items` is
-     * copied. Returns a ticket > 0; -EINVAL (an argument out of range, nothing done), -EBUSY (two
+     * copied. A ticket > 0; -EINVAL (an argument out of range, nothing done), -EBUSY (two
      * launches are out), -EIO. */
     int64_t (*decode)(struct winnow_gpu *, uint32_t n_items, const struct winnow_gpu_item *items);
     /* 1: that launch and all before it are complete, their certificates are written. 0: not yet.

@@ -49,13 +49,13 @@ enum {
 };
 #define WINNOW_GPU_FETCHING   UINT64_C(0x80000000)
 #define WINNOW_GPU_STAMP_MASK UINT64_C(0x7fffffff)
-#define WINNOW_GPU_FROM_HOST  0x80000000u /* winnow_gpu_listed.place: a host block, else a slot */
+#define WINNOW_GPU_FROM_HOST  0x80000000u /* winnow_gpu_listed.place: a home, else a slot */
 
 /* A selected block, in list order. A block found on disk stays listed, and selected is 0 again: it
  * is compensated. Slots are counted over all layers: layer x n_slots_layer + place in the layer. */
 struct winnow_gpu_listed {
     uint32_t block; /* in the unit's list: segment x n + block */
-    uint32_t place; /* slot, or WINNOW_GPU_FROM_HOST | host block; WINNOW_GPU_ON_DISK: neither */
+    uint32_t place; /* slot, or WINNOW_GPU_FROM_HOST | home; WINNOW_GPU_ON_DISK: neither */
 };
 
 /* A block on its way from the host into a slot. */
@@ -129,7 +129,7 @@ struct winnow_gpu_view {
     uint32_t n_slots_layer;
     uint32_t *hand;                       /* [n_layers] */
     struct winnow_gpu_counters *counters; /* [n_layers] */
-    const uint8_t *host;
+    const uint8_t *host;                  /* the host arena as the device sees it; home x 4,096 */
 
     uint8_t *tails;
     uint64_t session_bytes;

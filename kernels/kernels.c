@@ -33,6 +33,22 @@ static int refuse_heads(const struct winnow_model_shape *shape, char text[256])
     return -EINVAL;
 }
 
+static int refuse_layout(const struct winnow_model_shape *shape, char text[256])
+{
+    uint32_t layout = shape->block_layout;
+
+    if (layout != WINNOW_BLOCK_LAYOUT && layout != WINNOW_BLOCK_FRAGMENTS) {
+        snprintf(text, 256, "block_layout %u: %d or %d is needed", layout, WINNOW_BLOCK_LAYOUT,
+                 WINNOW_BLOCK_FRAGMENTS);
+        return -EINVAL;
+    }
+    if (layout == WINNOW_BLOCK_FRAGMENTS && shape->kv_dtype == WINNOW_FP32) {
+        snprintf(text, 256, "block_layout %d, kv_dtype fp32: fp16 or bf16 is needed", layout);
+        return -EINVAL;
+    }
+    return 0;
+}
+
 int winnow_model_shape_check(const struct winnow_model_shape *shape, char text[256])
 {
     text[0] = 0;
@@ -50,12 +66,7 @@ int winnow_model_shape_check(const struct winnow_model_shape *shape, char text[2
                  (double)shape->softmax_scale);
         return -EINVAL;
     }
-    if (shape->block_layout != WINNOW_BLOCK_LAYOUT) {
-        snprintf(text, 256, "block_layout %u: only %d is known", shape->block_layout,
-                 WINNOW_BLOCK_LAYOUT);
-        return -EINVAL;
-    }
-    return 0;
+    return refuse_layout(shape, text);
 }
 
 const struct winnow_kernels *winnow_kernels_find(const char *name)

@@ -9,6 +9,11 @@
  * A **block** is 16 tokens: K and V of one layer and KV head, opaque outside this room. Layout 1:
  *     K transposed [k_width][16], then V [16][v_width], in kv_dtype, padded to 4,096 bytes
  * so that sixteen tokens are sixteen lanes of one load, and a logit needs no horizontal sum.
+ * Layout 2, "fragments" (fp16 and bf16): tiles of 16 x 16, each [32 lanes][8] in the order in which
+ * mma.m16n8k16 takes its operand A, so that 32 threads load a tile as 512 contiguous bytes:
+ *     K [k_width / 16] tiles, a row a token, then V [v_width / 16], a row a dimension
+ *     lane 4 r + c: (r, 2c), (r, 2c+1), (r+8, 2c), (r+8, 2c+1), and the same 8 columns on
+ * padded likewise. The CPU's versions read it by ref's slow path: for a session whose GPU was lost.
  * A part-filled block has n_tokens < 16; the bytes of its other tokens are never used in a result.
  *
  * A **partial** is [G] times {m, l, o[v_width]}: m the largest logit, l = sum exp(logit - m),
@@ -35,9 +40,10 @@ enum {
     WINNOW_BLOCK_TOKENS = 16,
     WINNOW_GROUP_BLOCKS = 8, /* blocks of one work item and one partial */
     WINNOW_WIDTH_MIN = 16,
-    WINNOW_WIDTH_MAX = 256, /* widths are multiples of 16 */
-    WINNOW_GQA_MAX = 16,    /* query heads a KV head */
-    WINNOW_BLOCK_LAYOUT = 1,
+    WINNOW_WIDTH_MAX = 256,     /* widths are multiples of 16 */
+    WINNOW_GQA_MAX = 16,        /* query heads a KV head */
+    WINNOW_BLOCK_LAYOUT = 1,    /* the CPU's */
+    WINNOW_BLOCK_FRAGMENTS = 2, /* the GPU's */
 };
 
 enum winnow_dtype { WINNOW_BF16 = 1, WINNOW_FP16 = 2, WINNOW_FP32 = 3 };

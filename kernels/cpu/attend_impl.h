@@ -222,6 +222,10 @@ static void attend_partial(const struct winnow_model_shape *shape, const float *
     float p[WINNOW_GQA_MAX][16] = {{0}}, m[16], l[16], ln[16], shrink[16];
     struct running running = {.m = v16_set1(-INFINITY), .l = v16_set1(0.0f)};
 
+    if (shape->block_layout == WINNOW_BLOCK_FRAGMENTS) {
+        winnow_kernels_ref()->attend_partial(shape, q, n, block, n_tokens, partial, ln_m);
+        return;
+    }
     memset(partial, 0, n_q * stride * sizeof(float));
     for (uint32_t b = 0; b < n; b++) {
         ptrdiff_t ahead = b + 1 < n ? (const char *)block[b + 1] - (const char *)block[b] : 0;

@@ -115,7 +115,9 @@ SIMD void block_pack_as(uint32_t dtype, const struct winnow_model_shape *shape, 
 static void block_pack(const struct winnow_model_shape *shape, uint32_t first, uint32_t n,
                        const float *k, const float *v, void *block)
 {
-    if (shape->kv_dtype == WINNOW_FP16)
+    if (shape->block_layout == WINNOW_BLOCK_FRAGMENTS)
+        winnow_kernels_ref()->block_pack(shape, first, n, k, v, block);
+    else if (shape->kv_dtype == WINNOW_FP16)
         block_pack_as(WINNOW_FP16, shape, first, n, k, v, block);
     else if (shape->kv_dtype == WINNOW_BF16)
         block_pack_as(WINNOW_BF16, shape, first, n, k, v, block);
@@ -142,7 +144,9 @@ SIMD void block_unpack_as(uint32_t dtype, const struct winnow_model_shape *shape
 static void block_unpack(const struct winnow_model_shape *shape, const void *block, float *k,
                          float *v)
 {
-    if (shape->kv_dtype == WINNOW_FP16)
+    if (shape->block_layout == WINNOW_BLOCK_FRAGMENTS)
+        winnow_kernels_ref()->block_unpack(shape, block, k, v);
+    else if (shape->kv_dtype == WINNOW_FP16)
         block_unpack_as(WINNOW_FP16, shape, block, k, v);
     else if (shape->kv_dtype == WINNOW_BF16)
         block_unpack_as(WINNOW_BF16, shape, block, k, v);

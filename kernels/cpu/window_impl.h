@@ -280,6 +280,11 @@ static void attend_window(const struct winnow_model_shape *shape, uint32_t n_pos
     uint32_t n_q = shape_n_q(shape);
     struct window_scratch w;
 
+    if (shape->block_layout == WINNOW_BLOCK_FRAGMENTS) {
+        winnow_kernels_ref()->attend_window(shape, n_pos, first, q, n, block, position, n_tokens,
+                                            partial, scratch);
+        return;
+    }
     window_scratch_init(&w, shape, scratch);
 
     for (uint32_t b = 0; b < n; b += WINNOW_GROUP_BLOCKS) {

@@ -18,18 +18,39 @@ static void store(uint32_t dtype, float x, void *dst, size_t idx)
     }
 }
 
+/* Place in a tile of layout 2. */
+static size_t fragment_idx(uint32_t row, uint32_t column)
+{
+    uint32_t lane = 4 * (row % 8) + column % 8 / 2;
+    return 8 * lane + column % 2 + 2 * (row / 8) + 4 * (column / 8);
+}
+
+static size_t k_idx(const struct winnow_model_shape *shape, uint32_t t, uint32_t d)
+{
+    if (shape->block_layout == WINNOW_BLOCK_FRAGMENTS)
+        return d / 16 * 256 + fragment_idx(t, d % 16);
+    return d * 16 + t;
+}
+
+static size_t v_idx(const struct winnow_model_shape *shape, uint32_t t, uint32_t d)
+{
+    size_t v_at = 16 * (size_t)shape->k_width;
+
+    if (shape->block_layout == WINNOW_BLOCK_FRAGMENTS)
+        return v_at + d / 16 * 256 + fragment_idx(d % 16, t);
+    return v_at + (size_t)t * shape->v_width + d;
+}
+
 void winnow_ref_block_pack(const struct winnow_model_shape *shape, uint32_t first, uint32_t n,
                            const float *k, const float *v, void *block)
 {
-    uint32_t k_width = shape->k_width, v_width = shape->v_width;
     winnow_assert(first + n <= WINNOW_BLOCK_TOKENS);
 
     for (uint32_t t = 0; t < n; t++) {
-        for (uint32_t d = 0; d < k_width; d++)
-            store(shape->kv_dtype, k[t * k_width + d], block, d * 16 + first + t);
-        for (uint32_t d = 0; d < v_width; d++)
-            store(shape->kv_dtype, v[t * v_width + d], block,
-                  16 * k_width + (first + t) * v_width + d);
+        for (uint32_t d = 0; d < shape->k_width; d++)
+            store(shape->kv_dtype, k[t * shape->k_width + d], block, k_idx(shape, first + t, d));
+        for (uint32_t d = 0; d < shape->v_width; d++)
+            store(shape->kv_dtype, v[t * shape->v_width + d], block, v_idx(shape, first + t, d));
     }
 }
 
@@ -45,12 +66,31 @@ void winnow_ref_block_unpack(const struct winnow_model_shape *shape, const void 
             k[t * k_width + d] = k_transposed[d * 16 + t];
 }
 
+static void widen_fragments(const struct winnow_model_shape *shape, const void *block,
+                            float *k_transposed, float *v)
+{
+    const uint16_t *half = block;
+
+    for (uint32_t t = 0; t < WINNOW_BLOCK_TOKENS; t++) {
+        for (uint32_t d = 0; d < shape->k_width; d++)
+            winnow_ref_widen(shape->kv_dtype, 1, half + k_idx(shape, t, d),
+                             k_transposed + d * 16 + t);
+        for (uint32_t d = 0; d < shape->v_width; d++)
+            winnow_ref_widen(shape->kv_dtype, 1, half + v_idx(shape, t, d),
+                             v + (size_t)t * shape->v_width + d);
+    }
+}
+
 void winnow_ref_block_widen(const struct winnow_model_shape *shape, const void *block,
                             float *k_transposed, float *v)
 {
     size_t element_bytes = shape->kv_dtype == WINNOW_FP32 ? 4 : 2;
     const char *v_at = (const char *)block + 16 * shape->k_width * element_bytes;
 
+    if (shape->block_layout == WINNOW_BLOCK_FRAGMENTS) {
+        widen_fragments(shape, block, k_transposed, v);
+        return;
+    }
     winnow_ref_widen(shape->kv_dtype, 16 * shape->k_width, block, k_transposed);
     winnow_ref_widen(shape->kv_dtype, 16 * shape->v_width, v_at, v);
 }

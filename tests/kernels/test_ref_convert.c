@@ -98,6 +98,45 @@ static void test_block__pack_writes_only_its_tokens(void)
     }
 }
 
+/* Layout 2 stands in the order of mma.m16n8k16's operand A, at every width: registers a0..a7 of
+ * lane 4 r + c are rows r, r, r+8, r+8, and again, of columns 2c, 2c+1, .., then 8 further. */
+static void test_block__fragments_are_in_order(void)
+{
+    static const uint32_t row_of[8] = {0, 0, 8, 8, 0, 0, 8, 8};
+    static const uint32_t column_of[8] = {0, 1, 0, 1, 8, 9, 8, 9};
+    const struct winnow_kernels *ref = winnow_kernels_ref();
+    static float k[16 * 256], v[16 * 256], k_back[16 * 256], v_back[16 * 256];
+    static uint16_t block[2 * 16 * 256];
+
+    for (uint32_t width = 16; width <= 256; width += 16)
+        for (uint32_t dtype = WINNOW_BF16; dtype <= WINNOW_FP16; dtype++) {
+            struct winnow_model_shape shape = fixture_shape(1, width, 272 - width, dtype);
+            shape.block_layout = WINNOW_BLOCK_FRAGMENTS;
+            for (uint32_t t = 0; t < 16; t++) { /* numbers that both types hold, none twice */
+                for (uint32_t d = 0; d < width; d++)
+                    k[t * width + d] = ldexpf((float)(d % 128 + 128), (int)(t % 8)) *
+                                       (t < 8 ? 1 : -1) * (d < 128 ? 1 : 0x1p-12f);
+                for (uint32_t d = 0; d < 272 - width; d++)
+                    v[t * (272 - width) + d] = ldexpf((float)(d % 128 + 128), (int)(t % 8)) *
+                                               (t < 8 ? 1 : -1) * (d < 128 ? 1 : 0x1p-12f);
+            }
+            memset(block, 0xff, sizeof block);
+            for (uint32_t t = 0; t < 16; t += 4)
+                ref->block_pack(&shape, t, 4, k + t * width, v + t * (272 - width), block);
+            for (uint32_t i = 0; i < 16 * 272; i++) {
+                uint32_t lane = i / 8 % 32, tile = i / 256;
+                uint32_t row = lane / 4 + row_of[i % 8], column = 2 * (lane % 4) + column_of[i % 8];
+                float x = tile < width / 16 ? k[row * width + 16 * tile + column]
+                                            : v[column * (272 - width) + 16 * tile - width + row];
+                CHECK(x == (dtype == WINNOW_FP16 ? winnow_ref_fp16_to_float(block[i])
+                                                 : winnow_ref_bf16_to_float(block[i])));
+            }
+            ref->block_unpack(&shape, block, k_back, v_back);
+            CHECK(!memcmp(k, k_back, 16 * width * sizeof *k));
+            CHECK(!memcmp(v, v_back, 16 * (272 - width) * sizeof *v));
+        }
+}
+
 /* A shape that no version handles is refused, with its value and what is needed. */
 static void test_shape__refusals_name_the_value(void)
 {
@@ -125,7 +164,13 @@ static void test_shape__refusals_name_the_value(void)
     REFUSED(io_dtype, 4, "io_dtype 4");
     REFUSED(softmax_scale, 0, "softmax_scale 0");
     REFUSED(softmax_scale, NAN, "softmax_scale");
-    REFUSED(block_layout, 2, "block_layout 2");
+    REFUSED(block_layout, 3, "block_layout 3");
+    shape = good;
+    shape.block_layout = WINNOW_BLOCK_FRAGMENTS;
+    CHECK_EQ(winnow_model_shape_check(&shape, text), 0);
+    shape.kv_dtype = WINNOW_FP32;
+    CHECK_EQ(winnow_model_shape_check(&shape, text), -EINVAL);
+    CHECK(strstr(text, "fp32"));
 }
 
 /* Versions are found by name; the fastest is one of them. */
@@ -144,6 +189,7 @@ int main(int argc, char **argv)
     TEST_RUN(test_convert__rounds_to_nearest_even);
     TEST_RUN(test_convert__refuses_what_is_not_finite);
     TEST_RUN(test_block__pack_writes_only_its_tokens);
+    TEST_RUN(test_block__fragments_are_in_order);
     TEST_RUN(test_shape__refusals_name_the_value);
     TEST_RUN(test_kernels__found_by_name);
     return TEST_END();

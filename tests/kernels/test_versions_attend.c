@@ -220,6 +220,56 @@ static void test_merge(void)
     winnow_alloc_free(out);
 }
 
+/* Blocks in layout 2 give the bits that the reference has for the same blocks in layout 1, a
+ * part-filled one too, and go in and out of every version alike. */
+static void test_fragments(void)
+{
+    enum { N_MAX = WINNOW_GQA_MAX * (WINNOW_WIDTH_MAX + 2), N = 3 };
+    static float a[N_MAX], b[N_MAX], k[16 * WINNOW_WIDTH_MAX], v[16 * WINNOW_WIDTH_MAX];
+    static const uint32_t n_tokens[N] = {16, 16, 5};
+    static const uint64_t position[N] = {UINT64_MAX, 64, 80};
+    float a_m[N * WINNOW_GQA_MAX], b_m[N * WINNOW_GQA_MAX];
+    struct winnow_model_shape shape = data.shape;
+    uint8_t *copy = case_alloc(N * data.block_bytes);
+    const void *block[N];
+
+    if (shape.kv_dtype == WINNOW_FP32)
+        return;
+    shape.block_layout = WINNOW_BLOCK_FRAGMENTS;
+    memset(copy, 0xff, N * data.block_bytes);
+    for (uint32_t i = 0; i < N; i++) {
+        block[i] = copy + i * data.block_bytes;
+        ref->block_unpack(&data.shape, data.block[i], k, v);
+        version->block_pack(&shape, 0, n_tokens[i], k, v, copy + i * data.block_bytes);
+    }
+    version->attend_partial(&shape, data.q, N, block, n_tokens, a, a_m);
+    ref->attend_partial(&data.shape, data.q, N, data.block, n_tokens, b, b_m);
+    CHECK(!memcmp(a, b, data.n_partial * sizeof(float)));
+    CHECK(!memcmp(a_m, b_m, N * data.n_q * sizeof(float)));
+
+    float *scratch = case_alloc(version->window_scratch_bytes(&shape, 2));
+    float *window_a = window_partials(2), *window_b = window_partials(2);
+    version->attend_window(&shape, 2, 82, data.q, N, block, position, n_tokens, window_a, scratch);
+    ref->attend_window(&data.shape, 2, 82, data.q, N, data.block, position, n_tokens, window_b,
+                       NULL);
+    CHECK(!memcmp(window_a, window_b, 2 * data.n_partial * sizeof(float)));
+
+    static float k_back[16 * WINNOW_WIDTH_MAX], v_back[16 * WINNOW_WIDTH_MAX];
+    version->block_unpack(&shape, block[1], k_back, v_back);
+    ref->block_unpack(&data.shape, data.block[1], k, v);
+    CHECK(!memcmp(k, k_back, sizeof(float) * 16 * shape.k_width));
+    CHECK(!memcmp(v, v_back, sizeof(float) * 16 * shape.v_width));
+    winnow_alloc_free(copy);
+    winnow_alloc_free(scratch);
+    winnow_alloc_free(window_a);
+    winnow_alloc_free(window_b);
+}
+
+static void test_versions__fragments(void)
+{
+    each(test_fragments);
+}
+
 static void test_versions__attend_partial(void)
 {
     each(test_attend_partial);
@@ -241,5 +291,6 @@ int main(int argc, char **argv)
     TEST_RUN(test_versions__attend_partial);
     TEST_RUN(test_versions__attend_window);
     TEST_RUN(test_versions__merge);
+    TEST_RUN(test_versions__fragments);
     return TEST_END();
 }

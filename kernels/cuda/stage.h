@@ -30,8 +30,11 @@ cudaError_t winnow_gpu_stage_attend(const struct winnow_gpu_view *, const struct
                                     cudaStream_t);
 cudaError_t winnow_gpu_stage_more(const struct winnow_gpu_view *, const struct winnow_gpu_grid *,
                                   cudaStream_t);
-/* Once, before the first launch: shared memory and other attributes of the kernels. */
+/* Once, before the first launch: shared memory and other attributes of the kernels. Calls those of
+ * scan and select. */
 cudaError_t winnow_gpu_stages_prepare(const struct winnow_gpu_view *);
+cudaError_t winnow_gpu_scan_prepare(const struct winnow_gpu_view *);
+cudaError_t winnow_gpu_select_prepare(const struct winnow_gpu_view *);
 
 /* One layer and KV head of a host index into the device's layout, unit_bytes at dst (host memory);
  * loc is cleared. Plain C, so that tests can read it. */

@@ -63,7 +63,9 @@ struct winnow_gpu_fetch {
     uint32_t home, slot;
 };
 
-/* A group of a unit's list, or a chunk to compensate. */
+/* A group of a unit's list, or a chunk to compensate: its blocks 512 i .. 512 i + 511. Group i holds
+ * listed 8 i .. 8 i + 7 of the first n_selected; of the second round group n_groups + i holds
+ * n_selected + 8 i .. */
 struct winnow_gpu_work {
     uint32_t unit;
     uint32_t idx; /* group, or WINNOW_GPU_WORK_CHUNK | chunk */
@@ -84,9 +86,9 @@ struct winnow_gpu_unit {
     uint32_t n_heads_done;      /* of the item's head 0: the last head writes the certificate */
     uint32_t is_short;          /* set by attend: `more` has work */
     uint32_t has_unknown;       /* an unselected block of unknown estimate: the certificate is 0 */
-    float key_threshold;        /* blocks with key >= this are selected; +inf: none */
-    float key_quarter;          /* the last quarter of the selected, at least 4: key < this */
-    float key_largest;          /* origin of the bins */
+    float key_threshold; /* of the last selected (none: of the first): 8 nats below it is far */
+    float key_quarter;   /* the last quarter of the selected, at least 4: key < this, known */
+    float key_largest;   /* of the known; -inf: none is */
     float ln_z[WINNOW_GQA_MAX]; /* mass of sinks and tail */
     float largest[WINNOW_GQA_MAX];                     /* of ln_z and the known ln_e */
     uint64_t z[WINNOW_GQA_MAX], total[WINNOW_GQA_MAX]; /* exp(ln_z), and with all ln_e */
@@ -108,7 +110,9 @@ struct winnow_gpu_queue {
 struct winnow_gpu_launch {
     uint32_t n_items, n_units, stamp;
     struct winnow_gpu_item item[WINNOW_GPU_ITEMS_MAX];
-    uint32_t block_first[WINNOW_GPU_ITEMS_MAX];   /* of the item's head 0; head h: + h x n_blocks */
+    /* Of the item's head 0; head h: + h x n_blocks. Dense: item 0 at 0, each begins where the last
+     * ended, so that a block number of the launch names its unit. */
+    uint32_t block_first[WINNOW_GPU_ITEMS_MAX];
     uint32_t partial_first[WINNOW_GPU_ITEMS_MAX]; /* likewise, in partials; a head takes the same */
     uint32_t partials_of_head[WINNOW_GPU_ITEMS_MAX];
 };

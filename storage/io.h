@@ -42,7 +42,7 @@ struct winnow_io_open {
 /* Filled by `open`: what was chosen and what was refused, for the start line and `doctor`. */
 struct winnow_io_facts {
     char method[16];
-    char flags[128];  /* those in force, by name */
+    char flags[128];  /* those in force, by name, blanks between them */
     char remedy[160]; /* what was refused, its errno and what to do; "" when nothing was */
     int direct;       /* O_DIRECT in force */
 };

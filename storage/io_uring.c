@@ -46,16 +46,16 @@ static const struct {
     const char *name;
 } ring_flags[] = {
     {IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG,
-     "defer_taskrun single_issuer "},
-    {IORING_SETUP_COOP_TASKRUN, "coop_taskrun "},
-    {IORING_SETUP_SUBMIT_ALL, "submit_all "},
+     "defer_taskrun single_issuer"},
+    {IORING_SETUP_COOP_TASKRUN, "coop_taskrun"},
+    {IORING_SETUP_SUBMIT_ALL, "submit_all"},
 };
 enum { N_RING_FLAGS = sizeof ring_flags / sizeof *ring_flags };
 
 static void facts_add(char *text, size_t n_bytes, const char *word)
 {
     size_t used = strlen(text);
-    snprintf(text + used, n_bytes - used, "%s", word);
+    snprintf(text + used, n_bytes - used, "%s%s", used ? " " : "", word);
 }
 
 /* Room for every op and the wake-up; four completions an entry, so that none overflows. */
@@ -141,7 +141,7 @@ static void slices_register(struct uring_io *io, struct winnow_io_facts *facts)
                  "the memlock limit (LimitMEMLOCK=infinity)",
                  io->n_slices, (unsigned long long)n_slices, strerror(-rc));
     if (io->n_slices)
-        facts_add(facts->flags, sizeof facts->flags, "fixed_buffers ");
+        facts_add(facts->flags, sizeof facts->flags, "fixed_buffers");
 }
 
 static void uring_free(struct uring_io *io)
@@ -182,7 +182,7 @@ static int uring_open(const struct winnow_io_open *options, void *arg, void **re
     }
     slices_register(io, facts);
     if (io->fixed_files)
-        facts_add(facts->flags, sizeof facts->flags, "fixed_files ");
+        facts_add(facts->flags, sizeof facts->flags, "fixed_files");
     facts->direct = io->files.direct;
     *ret_io = io;
     return 0;

@@ -48,7 +48,7 @@ struct cli_warning {
     const char *reason;
     char text[160], hint[160];
 };
-enum { CLI_N_WARNINGS_MAX = 8 };
+enum { CLI_N_WARNINGS_MAX = 12 };
 uint32_t cli_stats_warn(const Winnow__V1__StatsReply *stats,
                         struct cli_warning warning[CLI_N_WARNINGS_MAX]);
 

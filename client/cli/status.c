@@ -72,6 +72,11 @@ uint32_t cli_stats_warn(const Winnow__V1__StatsReply *s,
     uint32_t n = 0;
     if (strcmp(s->state, "ready"))
         warn(warning, &n, "state", "winnow doctor", "winnowd is %s", s->state);
+    if (s->disk_stuck)
+        warn(warning, &n, "disk_stuck", "look at the disk's own log (dmesg)",
+             "the disk does not answer: %" PRIu64 " reads were not answered in time, contexts on "
+             "it end with ETIMEDOUT until it does",
+             s->io_timeouts);
     if (s->io_errors)
         warn(warning, &n, "io_errors", "look at the disk's own log (dmesg)",
              "%" PRIu64 " disk errors: blocks were read twice or lost", s->io_errors);

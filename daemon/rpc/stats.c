@@ -88,11 +88,15 @@ static void set_daemon(const struct winnow_rpc *rpc, const struct winnow_store_f
     reply->io_remedy = (char *)facts->io.remedy;
     reply->io_direct = facts->io.direct;
     reply->io_errors = facts->errors_crc + facts->errors_io;
+    reply->io_timeouts = facts->timeouts;
+    reply->disk_stuck = facts->stuck;
     reply->uptime_s = (uint64_t)((winnow_clock_now_ns() - rpc->started_ns) / WINNOW_NS_PER_S);
     reply->rss_bytes = read_status_kib("VmRSS:") << 10;
     reply->rss_peak_bytes = read_status_kib("VmHWM:") << 10;
     reply->printed_bytes = winnow_limits_sum_bytes(rpc->limits);
-    reply->state = (char *)(rpc->is_draining ? "draining" : facts->degraded ? "degraded" : "ready");
+    reply->state = (char *)(rpc->is_draining                  ? "draining"
+                            : facts->degraded || facts->stuck ? "degraded"
+                                                              : "ready");
     reply->kernels = (char *)rpc->kernels_name;
     reply->threads = rpc->limits->n_threads;
 }

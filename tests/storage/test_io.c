@@ -114,6 +114,20 @@ static void ops_run(struct rig *rig, struct winnow_io_op *op, uint32_t n)
     }
 }
 
+/* What status prints of a method: words with one blank between them. */
+static void test_io__flags_are_words(void)
+{
+    for (uint32_t i = first_method; i < N_METHODS; i++) {
+        struct rig rig;
+        rig_init(&rig, methods[i]);
+        size_t n = strlen(rig.facts.flags);
+        CHECK(!strstr(rig.facts.flags, "  "));
+        CHECK(n == 0 || (rig.facts.flags[0] != ' ' && rig.facts.flags[n - 1] != ' '));
+        CHECK(n > 0 || methods[i] == &winnow_io_sim);
+        rig_finish(&rig);
+    }
+}
+
 /* Sixteen pages written and read back, each to its own place; memory inside and outside the
  * registered arena. */
 static void test_io__pages_round_trip(void)
@@ -397,6 +411,7 @@ int main(int argc, char **argv)
     bool refuse_direct;
     char remedy[160];
     first_method = winnow_io_choose("io_uring", test_dir(), &method, &refuse_direct, remedy) < 0;
+    TEST_RUN(test_io__flags_are_words);
     TEST_RUN(test_io__pages_round_trip);
     TEST_RUN(test_io__submit_takes_what_fits);
     TEST_RUN(test_io__read_past_the_end_is_short);

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cuda_runtime_api.h>
+#include <kernels/cuda/index_pack.h>
 #include <kernels/cuda/view.h>
 
 #ifdef __cplusplus
@@ -35,11 +36,6 @@ cudaError_t winnow_gpu_stage_more(const struct winnow_gpu_view *, const struct w
 cudaError_t winnow_gpu_stages_prepare(const struct winnow_gpu_view *);
 cudaError_t winnow_gpu_scan_prepare(const struct winnow_gpu_view *);
 cudaError_t winnow_gpu_select_prepare(const struct winnow_gpu_view *);
-
-/* One layer and KV head of a host index into the device's layout, unit_bytes at dst (host memory);
- * loc is cleared. Plain C, so that tests can read it. */
-void winnow_gpu_index_pack(const struct winnow_gpu_view *, const struct winnow_index_view *,
-                           const uint32_t *homes, uint8_t *dst);
 
 #ifdef __cplusplus
 }

@@ -79,20 +79,23 @@ struct winnow_gpu_unit {
     uint32_t n_blocks;      /* sealed, of its list */
     uint32_t block_first;   /* of its ln_e, key, selected, listed: view arrays at this block */
     uint32_t partial_first; /* of its partials */
-    uint32_t n_tail_groups, n_groups, n_groups_more, n_chunks;
+    uint32_t n_tail_groups, n_groups, n_groups_more;
+    uint32_t n_chunks;           /* set by begin, 1 at least; select queues them all */
     uint32_t n_selected, n_more; /* of listed: the first round's, then the second's */
     uint32_t n_device, n_host, n_unfit, n_disk;
-    uint32_t n_done;            /* partials of this round finished: the last joins */
-    uint32_t n_heads_done;      /* of the item's head 0: the last head writes the certificate */
-    uint32_t is_short;          /* set by attend: `more` has work */
-    uint32_t has_unknown;       /* an unselected block of unknown estimate: the certificate is 0 */
-    float key_threshold; /* of the last selected (none: of the first): 8 nats below it is far */
-    float key_quarter;   /* the last quarter of the selected, at least 4: key < this, known */
-    float key_largest;   /* of the known; -inf: none is */
-    float ln_z[WINNOW_GQA_MAX]; /* mass of sinks and tail */
+    uint32_t n_done;       /* partials of this round finished: the last joins */
+    uint32_t n_heads_done; /* of the item's head 0: the last head writes the certificate */
+    uint32_t is_short;     /* set by attend: `more` has work */
+    uint32_t has_unknown;  /* an unselected block of unknown estimate: the certificate is 0 */
+    float key_threshold;   /* of the last selected (none: of the first): 8 nats below it is far */
+    float key_quarter;     /* the last quarter of the selected, at least 4: key < this, known */
+    float key_largest;     /* of the known; -inf: none is */
+    float ln_z[WINNOW_GQA_MAX];                        /* mass of sinks and tail */
     float largest[WINNOW_GQA_MAX];                     /* of ln_z and the known ln_e */
     uint64_t z[WINNOW_GQA_MAX], total[WINNOW_GQA_MAX]; /* exp(ln_z), and with all ln_e */
+    uint64_t quarter_m[WINNOW_GQA_MAX], quarter_e[WINNOW_GQA_MAX]; /* of the last quarter: rho */
     float rho[WINNOW_GQA_MAX], mass[WINNOW_GQA_MAX];
+    float logit_scale[WINNOW_GQA_MAX]; /* softmax_scale / the power of 2 in q_fragment */
     float need[WINNOW_GQA_MAX]; /* short: exp(ln_e - largest) that the second round has to add */
 };
 
@@ -141,6 +144,7 @@ struct winnow_gpu_view {
     uint32_t n_session_segments_max;
 
     struct winnow_gpu_launch *launch;
+    uint32_t *q_fragment; /* [unit] of winnow_gpu_q_fragment_words, written by begin */
     struct winnow_gpu_unit *unit;
     struct winnow_gpu_queue *queue;   /* [2] */
     float *ln_e;                      /* [block][G] */
@@ -153,3 +157,13 @@ struct winnow_gpu_view {
     float *partial; /* [partial][G][v_width + 2] */
     uint32_t n_fetchers;
 };
+
+/* The query heads of a unit as operand B of mma.m16n8k16, in kv_dtype, each head scaled by a power
+ * of 2, in two halves that add up to it: [k_width / 16][part][32 lanes][2 words]. Up to 4 heads:
+ * one part, column 2 g the high half of head g and 2 g + 1 the low; up to 8: part 0 the high
+ * halves, a column a head, part 1 the low; up to 16: parts 2 and 3 of heads 8 to 15. */
+static inline uint32_t winnow_gpu_q_fragment_words(const struct winnow_gpu_view *view)
+{
+    uint32_t n_parts = view->n_group <= 4 ? 1 : view->n_group <= 8 ? 2 : 4;
+    return view->k_width / 16 * n_parts * 64;
+}

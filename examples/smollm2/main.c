@@ -54,6 +54,8 @@ static int verb_check(const struct verb *verb, const struct options *options)
         return fault_set(-EINVAL, "%s needs %s", verb->name, missing);
     if (options->file && !verb->needs_file)
         return fault_set(-EINVAL, "%s takes no file: %s", verb->name, options->file);
+    if (options->n_masses > 1 && !verb->needs_questions)
+        return fault_set(-EINVAL, "%s takes one --mass", verb->name);
     return 0;
 }
 

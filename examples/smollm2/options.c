@@ -19,7 +19,8 @@ const char options_help[] =
     "  complete           --prompt FILE, --suffix FILE (one or more), --tokens N (64)\n"
     "  ask                --document FILE, --question TEXT (one or more), --tokens N (64)\n"
     "  compare            --document FILE, --questions FILE (lines: question TAB expected):\n"
-    "                     each question answered twice, sparse and with everything read\n"
+    "                     each question answered with everything read and sparse, at\n"
+    "                     each --mass P (one or more)\n"
     "  chat               lines from standard input\n"
     "\n"
     "options\n"
@@ -71,7 +72,7 @@ static const struct option {
     {"top", KIND_COUNT, offsetof(struct options, n_top), NULL, 1},
     {"generate", KIND_COUNT, offsetof(struct options, n_generate), NULL, 0},
     {"threads", KIND_COUNT, offsetof(struct options, n_threads), NULL, 1},
-    {"mass", KIND_MASS, offsetof(struct options, mass), NULL, 0},
+    {"mass", KIND_MASS, 0, NULL, 0},
     {"policy", KIND_CHOICE, offsetof(struct options, policy), policies, 0},
     {"kv-dtype", KIND_CHOICE, offsetof(struct options, kv_dtype), kv_dtypes, 0},
     {"progress", KIND_CHOICE, offsetof(struct options, progress), progress_modes, 0},
@@ -100,13 +101,16 @@ static int set_count(const struct option *option, const char *value, uint32_t *f
     return 0;
 }
 
-static int set_mass(const char *value, float *field)
+static int set_mass(struct options *options, const char *value)
 {
     char *end;
     float mass = strtof(value, &end);
     if (end == value || *end || !(mass > 0 && mass <= 1))
         return fault_set(-EINVAL, "--mass %s is not a share above 0 and up to 1", value);
-    *field = mass;
+    if (options->n_masses == OPTIONS_N_MASSES_MAX)
+        return fault_set(-EINVAL, "more than %d times --mass", OPTIONS_N_MASSES_MAX);
+    options->masses[options->n_masses++] = mass;
+    options->mass = options->masses[0];
     return 0;
 }
 
@@ -142,7 +146,7 @@ static int set(struct options *options, const struct option *option, const char 
     case KIND_COUNT:
         return set_count(option, value, field);
     case KIND_MASS:
-        return set_mass(value, field);
+        return set_mass(options, value);
     case KIND_CHOICE:
         return set_choice(option, value, field);
     }

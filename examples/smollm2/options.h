@@ -9,7 +9,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-enum { OPTIONS_N_TEXTS_MAX = 256 };
+enum { OPTIONS_N_TEXTS_MAX = 256, OPTIONS_N_MASSES_MAX = 8 };
 
 struct options {
     const char *verb, *file; /* file NULL: none given */
@@ -18,7 +18,9 @@ struct options {
     const char *texts[OPTIONS_N_TEXTS_MAX]; /* --suffix and --question, in order */
     uint32_t n_texts;
     uint32_t n_tokens, n_top, n_generate, n_threads;
-    float mass;        /* 0: the daemon's default */
+    float mass;                         /* the first --mass; 0: the daemon's default */
+    float masses[OPTIONS_N_MASSES_MAX]; /* in order */
+    uint32_t n_masses;
     uint32_t policy;   /* WINNOW_BY_* */
     uint32_t kv_dtype; /* WINNOW_DTYPE_*, at rest */
     enum progress_mode progress;

@@ -1,9 +1,9 @@
-// compare: each question answered twice on forks, at the mass asked and with everything read.
+// compare: each question answered on forks, with everything read and at each mass asked.
 //
-// The two are compared where they have the same history: over the question's tokens and the answer's
-// up to where the answers part. There KL(everything || sparse) of the next token is what sparsity
-// costs; past it, the two continue different texts. The sparse logits of one question are kept
-// (200 KB a step), so that the two runs stay apart and each is timed alone.
+// A sparse answer is compared where it has the history of the full one: over the question's tokens
+// and the answer's up to where the two part. There KL(everything || sparse) of the next token is what
+// sparsity costs; past it, the two continue different texts. The full logits of one question are
+// kept (200 KB a step), so that the runs stay apart and each is timed alone.
 #include "clock.h"
 #include "context.h"
 #include "fault.h"
@@ -16,13 +16,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* One way of answering; logits [n_steps][n_vocab] of one question: kept by the first side, read by
- * the second. */
+/* One way of answering, and how far its steps are from those with everything read. */
 struct side {
     struct tokens *answers; /* [n_questions] */
     struct tally tally;
     double duration_s;
     float mass;
+    double kl_sum, kl_max;
+    uint64_t n_kl, n_equal, n_answer_ids;
+    char first_difference[64];
 };
 
 struct comparison {
@@ -31,15 +33,12 @@ struct comparison {
     char *file; /* the questions', cut into lines and columns */
     const char *questions[OPTIONS_N_TEXTS_MAX], *expected[OPTIONS_N_TEXTS_MAX];
     uint32_t n_questions;
-    struct side sparse, exact;
-    /* of the question at hand */
+    struct side exact, sparse[OPTIONS_N_MASSES_MAX];
+    uint32_t n_sparse;
+    /* of the question at hand: logits [n_kept][n_vocab] with everything read, and how many of them
+     * a sparse side has been compared with */
     float *kept;
     uint32_t n_kept, n_kept_max, n_compared;
-    const struct tokens *own, *other; /* the second side's answer so far, the first's */
-    /* sums */
-    double kl_sum, kl_max;
-    uint64_t n_kl, n_equal, n_answer_ids;
-    char first_difference[64];
     winnow_stats stats, all; /* of the context and of winnowd, when all is answered */
     uint32_t n_read;
     double read_s;
@@ -108,31 +107,34 @@ static int keep(struct comparison *c, const float *logits)
     return 0;
 }
 
-/* The next step of the second side, while its history is the first's. */
-static void compare_step(struct comparison *c, const float *logits)
+/* The next step of a sparse side, while its history is the full one's. */
+static void compare_step(struct comparison *c, struct side *side, uint32_t question,
+                         const float *logits)
 {
-    const uint32_t n_vocab = c->engine->model.n_vocab, n_own = c->own->n_ids;
+    const struct tokens *own = &side->answers[question], *full = &c->exact.answers[question];
+    const uint32_t n_vocab = c->engine->model.n_vocab;
 
-    if (c->n_compared == c->n_kept || n_own > c->other->n_ids ||
-        (n_own && memcmp(c->own->ids, c->other->ids, n_own * sizeof *c->own->ids)))
+    if (c->n_compared == c->n_kept || own->n_ids > full->n_ids ||
+        (own->n_ids && memcmp(own->ids, full->ids, own->n_ids * sizeof *own->ids)))
         return;
-    double kl = divergence(logits, c->kept + (size_t)c->n_compared++ * n_vocab, n_vocab);
-    c->kl_sum += kl;
-    c->kl_max = fmax(c->kl_max, kl);
-    c->n_kl++;
+    double kl = divergence(c->kept + (size_t)c->n_compared++ * n_vocab, logits, n_vocab);
+    side->kl_sum += kl;
+    side->kl_max = fmax(side->kl_max, kl);
+    side->n_kl++;
 }
 
-static int side_step(struct comparison *c, const float *logits, int is_second)
+static int side_step(struct comparison *c, struct side *side, uint32_t question,
+                     const float *logits)
 {
-    if (!is_second)
+    if (side == &c->exact)
         return keep(c, logits);
-    compare_step(c, logits);
+    compare_step(c, side, question, logits);
     return 0;
 }
 
 /* One answer: as context_answer, with a look at the logits of every step. */
 static int side_answer(struct comparison *c, const struct context *read, uint32_t question,
-                       struct side *side, int is_second)
+                       struct side *side)
 {
     const struct tokens *list = &c->lists.lists[question];
     const uint32_t end_id = tokenizer_end_id(c->engine->tokenizer);
@@ -143,11 +145,10 @@ static int side_answer(struct comparison *c, const struct context *read, uint32_
     int rc = context_fork(read, side->mass, &fork);
     if (rc < 0)
         return rc;
-    c->own = answer;
     for (uint32_t i = read->tokens.n_ids; rc == 0 && i < list->n_ids; i++) {
         rc = context_step(&fork, list->ids[i], &logits);
         if (rc == 0)
-            rc = side_step(c, logits, is_second);
+            rc = side_step(c, side, question, logits);
     }
     while (rc == 0 && answer->n_ids < c->engine->options->n_tokens && context_has_room(&fork)) {
         uint32_t id = context_greedy(logits, c->engine->model.n_vocab);
@@ -157,7 +158,7 @@ static int side_answer(struct comparison *c, const struct context *read, uint32_
         if (rc == 0)
             rc = context_step(&fork, id, &logits);
         if (rc == 0)
-            rc = side_step(c, logits, is_second);
+            rc = side_step(c, side, question, logits);
     }
     if (rc == 0)
         rc = tally_merge(&side->tally, &fork.tally);
@@ -165,36 +166,42 @@ static int side_answer(struct comparison *c, const struct context *read, uint32_
     return rc;
 }
 
-static void count_equal(struct comparison *c, uint32_t question)
+static void count_equal(const struct comparison *c, struct side *side, uint32_t question)
 {
-    const struct tokens *a = &c->sparse.answers[question], *b = &c->exact.answers[question];
+    const struct tokens *a = &side->answers[question], *b = &c->exact.answers[question];
     const uint32_t n_longer = a->n_ids > b->n_ids ? a->n_ids : b->n_ids;
     const uint32_t n_shorter = a->n_ids > b->n_ids ? b->n_ids : a->n_ids;
     uint32_t n = 0;
 
     while (n < n_shorter && a->ids[n] == b->ids[n])
         n++;
-    c->n_equal += n;
-    c->n_answer_ids += n_longer;
-    if (n < n_longer && !c->first_difference[0])
-        snprintf(c->first_difference, sizeof c->first_difference, "question %u token %u",
+    side->n_equal += n;
+    side->n_answer_ids += n_longer;
+    if (n < n_longer && !side->first_difference[0])
+        snprintf(side->first_difference, sizeof side->first_difference, "question %u token %u",
                  question + 1, n + 1);
+}
+
+static int side_run(struct comparison *c, const struct context *read, uint32_t question,
+                    struct side *side)
+{
+    int64_t start_ns = clock_now_ns();
+    int rc = side_answer(c, read, question, side);
+
+    side->duration_s += (double)(clock_now_ns() - start_ns) / 1e9;
+    return rc;
 }
 
 static int question_run(struct comparison *c, const struct context *read, uint32_t question)
 {
-    struct side *sides[] = {&c->sparse, &c->exact};
-    int rc = 0;
-
-    c->n_kept = c->n_compared = 0;
-    c->other = &c->sparse.answers[question];
-    for (int i = 0; rc == 0 && i < 2; i++) {
-        int64_t start_ns = clock_now_ns();
-        rc = side_answer(c, read, question, sides[i], i);
-        sides[i]->duration_s += (double)(clock_now_ns() - start_ns) / 1e9;
+    c->n_kept = 0;
+    int rc = side_run(c, read, question, &c->exact);
+    for (uint32_t i = 0; rc == 0 && i < c->n_sparse; i++) {
+        c->n_compared = 0;
+        rc = side_run(c, read, question, &c->sparse[i]);
+        if (rc == 0)
+            count_equal(c, &c->sparse[i], question);
     }
-    if (rc == 0)
-        count_equal(c, question);
     return rc;
 }
 
@@ -327,6 +334,38 @@ static double side_rate(const struct side *side)
     return side->duration_s > 0 ? (double)side->tally.n_steps / side->duration_s : NAN;
 }
 
+static double side_kl_mean(const struct side *side)
+{
+    return side->n_kl ? side->kl_sum / (double)side->n_kl : NAN;
+}
+
+static void write_difference(const struct side *side, struct json *json)
+{
+    json_number(json, "kl_mean_nats", side_kl_mean(side));
+    json_number(json, "kl_max_nats", side->n_kl ? side->kl_max : NAN);
+    json_count(json, "tokens_equal", side->n_equal);
+    json_count(json, "tokens_total", side->n_answer_ids);
+    if (side->first_difference[0])
+        json_text(json, "first_difference", side->first_difference, strlen(side->first_difference));
+    else
+        json_null(json, "first_difference");
+}
+
+/* What each mass asked reads, and how far it is from everything. */
+static void write_masses(const struct comparison *c, struct json *json)
+{
+    json_array_begin(json, "masses");
+    for (uint32_t i = 0; i < c->n_sparse; i++) {
+        const struct side *side = &c->sparse[i];
+        json_object_begin(json, NULL);
+        json_number(json, "mass_asked", (double)side->tally.mass_asked);
+        tally_write(&side->tally, json);
+        write_difference(side, json);
+        json_object_end(json);
+    }
+    json_array_end(json);
+}
+
 static void write_comparison(const struct comparison *c)
 {
     struct json json = {.stream = stdout};
@@ -336,29 +375,23 @@ static void write_comparison(const struct comparison *c)
     write_context(c, &json);
     json_array_begin(&json, "phases");
     write_phase(&json, "read", c->read_s);
-    write_phase(&json, "sparse", c->sparse.duration_s);
+    write_phase(&json, "sparse", c->sparse[0].duration_s);
     write_phase(&json, "exact", c->exact.duration_s);
     json_array_end(&json);
-    write_side(c, "sparse", &c->sparse, &json);
+    write_side(c, "sparse", &c->sparse[0], &json);
     write_side(c, "exact", &c->exact, &json);
     json_object_begin(&json, "compare");
-    json_number(&json, "speed_ratio", side_rate(&c->sparse) / side_rate(&c->exact));
-    json_number(&json, "kl_mean_nats", c->n_kl ? c->kl_sum / (double)c->n_kl : NAN);
-    json_number(&json, "kl_max_nats", c->n_kl ? c->kl_max : NAN);
-    json_count(&json, "tokens_equal", c->n_equal);
-    json_count(&json, "tokens_total", c->n_answer_ids);
-    if (c->first_difference[0])
-        json_text(&json, "first_difference", c->first_difference, strlen(c->first_difference));
-    else
-        json_null(&json, "first_difference");
+    json_number(&json, "speed_ratio", side_rate(&c->sparse[0]) / side_rate(&c->exact));
+    write_difference(&c->sparse[0], &json);
     json_object_end(&json);
+    write_masses(c, &json);
     json_object_end(&json);
     putchar('\n');
 }
 
 static void print_comparison(const struct comparison *c)
 {
-    const struct side *sides[] = {&c->sparse, &c->exact};
+    const struct side *sparse = &c->sparse[0], *sides[] = {sparse, &c->exact};
 
     for (uint32_t i = 0; i < c->n_questions; i++) {
         printf("%s\n", c->questions[i]);
@@ -371,12 +404,15 @@ static void print_comparison(const struct comparison *c)
             free(text);
         }
     }
-    printf("same tokens %llu of %llu; KL %.4f nats, largest %.4f\n", (unsigned long long)c->n_equal,
-           (unsigned long long)c->n_answer_ids, c->n_kl ? c->kl_sum / (double)c->n_kl : 0,
-           c->kl_max);
-    printf("share read %.1f %%, mass %.3f; tokens/s %.1f, everything %.1f\n",
-           100 * tally_share_read(&c->sparse.tally), tally_mass_reached(&c->sparse.tally),
-           side_rate(&c->sparse), side_rate(&c->exact));
+    printf("same tokens %llu of %llu; tokens/s %.1f, everything %.1f\n",
+           (unsigned long long)sparse->n_equal, (unsigned long long)sparse->n_answer_ids,
+           side_rate(sparse), side_rate(&c->exact));
+    for (uint32_t i = 0; i < c->n_sparse; i++) {
+        const struct side *side = &c->sparse[i];
+        printf("P %.2f: share read %.1f %%, mass %.3f, KL %.4f nats, largest %.4f\n",
+               (double)side->tally.mass_asked, 100 * tally_share_read(&side->tally),
+               tally_mass_reached(&side->tally), side_kl_mean(side), side->kl_max);
+    }
 }
 
 static int side_create(struct comparison *c, struct side *side, float mass)
@@ -403,14 +439,15 @@ int verb_compare(struct engine *engine)
     if (!c)
         return fault_set(-ENOMEM, "no memory for the comparison");
     c->engine = engine;
+    c->n_sparse = options->n_masses ? options->n_masses : 1; /* masses[0] = 0: the default */
     c->stats = c->all = (winnow_stats)WINNOW_STATS;
 
     int rc = questions_load(c, options->questions);
     if (rc == 0)
         rc = lists_ask(&c->lists, engine->tokenizer, options->document, c->questions,
                        c->n_questions);
-    if (rc == 0)
-        rc = side_create(c, &c->sparse, options->mass);
+    for (uint32_t i = 0; rc == 0 && i < c->n_sparse; i++)
+        rc = side_create(c, &c->sparse[i], options->masses[i]);
     if (rc == 0)
         rc = side_create(c, &c->exact, 1);
     if (rc == 0)
@@ -419,7 +456,8 @@ int verb_compare(struct engine *engine)
         write_comparison(c);
     else if (rc == 0)
         print_comparison(c);
-    side_destroy(c, &c->sparse);
+    for (uint32_t i = 0; i < c->n_sparse; i++)
+        side_destroy(c, &c->sparse[i]);
     side_destroy(c, &c->exact);
     lists_free(&c->lists);
     free(c->kept);

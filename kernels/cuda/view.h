@@ -106,12 +106,13 @@ struct winnow_gpu_unit {
  */
 struct winnow_gpu_queue {
     uint32_t n_fetch, n_ready, n_waiting;
-    uint32_t waiting_next, ticket_next; /* taken by attend, more */
+    uint32_t waiting_next, ticket_next, unit_next; /* taken by attend, more */
     uint32_t n_short, n_listed;         /* units: short after this round; whose list is complete */
 };
 
 struct winnow_gpu_launch {
     uint32_t n_items, n_units, stamp;
+    uint32_t n_blocks; /* of all units together */
     struct winnow_gpu_item item[WINNOW_GPU_ITEMS_MAX];
     /* Of the item's head 0; head h: + h x n_blocks. Dense: item 0 at 0, each begins where the last
      * ended, so that a block number of the launch names its unit. */

@@ -1,5 +1,6 @@
 #include <core/core.h>
 #include <daemon/limits.h>
+#include <errno.h>
 #include <inttypes.h>
 #include <sched.h>
 #include <stdlib.h>
@@ -10,15 +11,14 @@
 #define GIB                     (UINT64_C(1) << 30)
 #define ORIGIN(origins, member) winnow_origin(origins, offsetof(struct winnow_config, member))
 
-/* Resident set of a daemon that serves nothing (code, shared libraries, stacks, gRPC's own):
- * 17 MiB on Debian 12, and what the heap keeps between messages. */
-#define PROCESS_BYTES (24 * MIB)
-/* What a live stream costs gRPC and us: call, metadata, transport entry, unasked data. */
+/* What serving touches beyond what the start did: 3 MiB of code, and the heap's own. */
+#define SERVING_BYTES (5 * MIB)
+/* What a live stream costs gRPC: call, metadata, transport entry, unasked data. */
 #define CALL_BYTES ((16 << 10) + WINNOW_LOOKAHEAD_BYTES)
 /* A block read or written by the store: its request, and its places in three rings. */
-#define IO_REQUEST_BYTES 192
-/* A request in the core, with its errors' counters. */
-#define ITEM_BYTES (2 << 10)
+#define IO_REQUEST_BYTES 224
+/* The rest of the store: ring, tables, the stacks of up to 34 threads. */
+#define IO_BYTES MIB
 
 static uint64_t clamp(uint64_t value, uint64_t least, uint64_t most)
 {
@@ -34,7 +34,7 @@ static uint64_t read_number(const char *path, const char *before)
         if (strncmp(line, before, strlen(before)))
             continue;
         const char *digits = line + strlen(before);
-        digits += strspn(digits, " ");
+        digits += strspn(digits, " \t");
         if (*digits >= '0' && *digits <= '9')
             value = strtoull(digits, NULL, 10);
         break;
@@ -137,16 +137,13 @@ void winnow_limits_plan(const struct winnow_config *config, const struct winnow_
         .n_clients_max = (uint32_t)clamp(pool / (4 * MIB), 32, 1024),
         .n_items_max = (uint32_t)clamp(pool / (64 << 10), 768, 4096),
         .n_steps_max = 16,
-        .process_bytes = PROCESS_BYTES,
     };
     limits->window_bytes = limits->in_flight_bytes;
     limits->window_tokens = WINNOW_WINDOW_TOKENS_MAX;
     limits->n_segments_max = (uint32_t)clamp(limits->disk_cap_bytes / (2 * MIB), 64, 1 << 20);
     limits->io_bytes =
-        2 * MIB + WINNOW_STORE_REQUESTS * IO_REQUEST_BYTES + (uint64_t)limits->n_segments_max * 64;
-    limits->rpc_bytes = (uint64_t)limits->n_calls_max * CALL_BYTES +
-                        (uint64_t)limits->n_items_max * ITEM_BYTES +
-                        (uint64_t)config->n_sessions_max * 512;
+        IO_BYTES + WINNOW_STORE_REQUESTS * IO_REQUEST_BYTES + (uint64_t)limits->n_segments_max * 64;
+    limits->rpc_bytes = (uint64_t)limits->n_calls_max * CALL_BYTES;
 
     char value[24], limit[24], fits[24];
     if (limits->disk_cap_bytes > machine->disk_free_bytes && machine->disk_bytes)
@@ -155,6 +152,15 @@ void winnow_limits_plan(const struct winnow_config *config, const struct winnow_
             winnow_size_text(limits->disk_cap_bytes, value),
             winnow_size_text(machine->disk_free_bytes, limit), ORIGIN(origins, disk_cap_bytes),
             winnow_size_typed(machine->disk_free_bytes / 20 * 19 & ~(64 * MIB - 1), fits));
+}
+
+int winnow_limits_measure(struct winnow_limits *limits)
+{
+    uint64_t kib = read_number("/proc/self/status", "VmRSS:");
+    if (kib == UINT64_MAX)
+        return -EIO;
+    limits->process_bytes = (kib << 10) + SERVING_BYTES;
+    return 0;
 }
 
 static uint64_t sum_before_margin(const struct winnow_limits *limits)

@@ -43,14 +43,19 @@ struct winnow_limits {
     /* Of the printed sum, beside the caps and in flight. */
     uint64_t core_bytes;    /* the core's own reserve; set once it exists */
     uint64_t io_bytes;      /* store and its rings */
-    uint64_t rpc_bytes;     /* calls, items, tables, what gRPC holds of streams */
-    uint64_t process_bytes; /* code, libraries, stacks */
+    uint64_t rpc_bytes;     /* what gRPC holds of streams */
+    uint64_t process_bytes; /* code, libraries, stacks, the server's tables; set once measured */
 };
 
 /* Fills *limits. A value that does not fit the machine is a complaint. */
 void winnow_limits_plan(const struct winnow_config *config, const struct winnow_origins *origins,
                         const struct winnow_machine *machine, struct winnow_limits *limits,
                         struct winnow_complaints *complaints);
+
+/* Sets process_bytes from what is resident: once the RPC server stands with all its tables, and
+ * before any of the caps is taken. A constant would be wrong on the next machine: libraries, page
+ * sizes and sanitizers differ. -EIO: /proc does not tell. */
+int winnow_limits_measure(struct winnow_limits *limits);
 
 /* The sum that the resident set stays under: all of the above and 10 %. */
 uint64_t winnow_limits_sum_bytes(const struct winnow_limits *limits);

@@ -284,6 +284,10 @@ static int run(struct daemon *daemon, enum winnow_verb verb)
         fprintf(stderr, "no memory for the RPC server. hint: a smaller host_pool\n");
         return EXIT_SOFTWARE;
     }
+    if (winnow_limits_measure(&daemon->limits) < 0) {
+        fprintf(stderr, "cannot read /proc/self/status. hint: mount /proc\n");
+        return EXIT_SOFTWARE;
+    }
     int code = make_core(daemon);
     if (code)
         return code;

@@ -15,13 +15,14 @@ enum { EXIT_FAILED = 1, EXIT_USAGE = 64, EXIT_NO_DAEMON = 69 };
 static const struct verb {
     const char *name;
     int (*run)(struct engine *engine);
-    bool needs_daemon, needs_file, needs_prompt, needs_document, needs_texts, needs_questions;
+    bool needs_daemon, needs_file, needs_prompt, needs_document, needs_questions;
+    const char *texts_name; /* of the option that it needs once or more */
 } verbs[] = {
     {"tokenize", verb_tokenize, .needs_file = true},
     {"logits", verb_logits, .needs_daemon = true, .needs_file = true},
     {"perplexity", verb_perplexity, .needs_daemon = true, .needs_file = true},
-    {"complete", verb_complete, .needs_daemon = true, .needs_prompt = true, .needs_texts = true},
-    {"ask", verb_ask, .needs_daemon = true, .needs_document = true, .needs_texts = true},
+    {"complete", verb_complete, .needs_daemon = true, .needs_prompt = true, .texts_name = "suffix"},
+    {"ask", verb_ask, .needs_daemon = true, .needs_document = true, .texts_name = "question"},
     {"compare", verb_compare, .needs_daemon = true, .needs_document = true,
      .needs_questions = true},
     {"chat", verb_chat, .needs_daemon = true},
@@ -47,13 +48,15 @@ static int verb_check(const struct verb *verb, const struct options *options)
                           : verb->needs_prompt && !options->prompt       ? "--prompt FILE"
                           : verb->needs_document && !options->document   ? "--document FILE"
                           : verb->needs_questions && !options->questions ? "--questions FILE"
-                          : verb->needs_texts && !options->n_texts
+                          : verb->texts_name && !options->n_texts
                               ? (verb->needs_prompt ? "--suffix FILE" : "--question TEXT")
                               : NULL;
     if (missing)
         return fault_set(-EINVAL, "%s needs %s", verb->name, missing);
     if (options->file && !verb->needs_file)
         return fault_set(-EINVAL, "%s takes no file: %s", verb->name, options->file);
+    if (options->n_texts && (!verb->texts_name || strcmp(verb->texts_name, options->texts_name)))
+        return fault_set(-EINVAL, "%s takes no --%s", verb->name, options->texts_name);
     if (options->n_masses > 1 && !verb->needs_questions)
         return fault_set(-EINVAL, "%s takes one --mass", verb->name);
     return 0;

@@ -141,6 +141,9 @@ static int set(struct options *options, const struct option *option, const char 
     case KIND_TEXTS:
         if (options->n_texts == OPTIONS_N_TEXTS_MAX)
             return fault_set(-EINVAL, "more than %d times --%s", OPTIONS_N_TEXTS_MAX, option->name);
+        if (options->texts_name && options->texts_name != option->name)
+            return fault_set(-EINVAL, "--%s beside --%s", option->name, options->texts_name);
+        options->texts_name = option->name;
         options->texts[options->n_texts++] = value;
         return 0;
     case KIND_COUNT:

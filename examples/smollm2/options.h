@@ -17,6 +17,7 @@ struct options {
     const char *prompt, *document, *questions;
     const char *texts[OPTIONS_N_TEXTS_MAX]; /* --suffix and --question, in order */
     uint32_t n_texts;
+    const char *texts_name; /* "suffix" or "question"; NULL: neither was given */
     uint32_t n_tokens, n_top, n_generate, n_threads;
     float mass;                         /* the first --mass; 0: the daemon's default */
     float masses[OPTIONS_N_MASSES_MAX]; /* in order */

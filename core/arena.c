@@ -443,5 +443,5 @@ void winnow_arena_use(const struct winnow_arena *arena, struct winnow_arena_use 
 
 bool winnow_arena_pressed(const struct winnow_arena *arena)
 {
-    return arena->held_bytes + arena->dirty_bytes > grains_bytes(arena) / 5 * 4;
+    return arena->held_bytes + arena->cache_bytes > grains_bytes(arena) / 5 * 4;
 }

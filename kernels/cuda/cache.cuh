@@ -1,0 +1,167 @@
+/*
+ * The cache of blocks on the device: where a selected block is, and which slot it gets.
+ *
+ * The slot's word is the truth, `loc` a hint. A hit stamps the word by CAS, so that nobody evicts
+ * what this launch reads; whoever loses that CAS to an eviction takes the way of a miss. A miss
+ * first takes `loc` (PLACING), so that two sessions that share a segment place a block once: the
+ * second waits for the first to write loc, which holds nothing that the second has. Then the hand
+ * moves by 8 slots and the one longest unused goes: least recently used of 8, where the hand has
+ * not been for longest. Slots used by this launch never go. Nothing found in N_TRIES windows: the
+ * block is read from the host, without a slot.
+ *
+ * Rejected: an age that halves until a victim is found (up to 11 dependent loads a miss).
+ */
+#pragma once
+
+#include <cooperative_groups.h>
+#include <cuda/atomic>
+#include <kernels/cuda/view.h>
+
+struct winnow_gpu_resolved {
+    uint32_t place;    /* winnow_gpu_listed's */
+    uint32_t home;     /* host block, when it has to be fetched */
+    bool is_hit;       /* found in a slot, complete */
+    bool has_to_wait;  /* its slot is filled in this launch */
+    bool has_to_fetch; /* and by the caller's order */
+    bool is_unfit;     /* on the host, no slot free */
+    bool is_eviction;  /* its slot held another block */
+};
+
+namespace winnow_gpu_cache
+{
+
+constexpr uint32_t PLACING = 0xffffffffu; /* loc: somebody looks for a slot */
+constexpr uint32_t WINDOW_SLOTS = 8, N_TRIES = 4;
+
+typedef cuda::atomic_ref<uint32_t, cuda::thread_scope_device> atomic_u32;
+typedef cuda::atomic_ref<uint64_t, cuda::thread_scope_device> atomic_u64;
+
+/* A window of slots of its own for every caller of the warp that is here now. */
+static __device__ uint32_t hand_take(uint32_t *hand)
+{
+    cooperative_groups::coalesced_group here = cooperative_groups::coalesced_threads();
+    uint32_t first = 0;
+
+    if (here.thread_rank() == 0)
+        first = atomicAdd(hand, here.size());
+    return here.shfl(first, 0) + here.thread_rank();
+}
+
+/* The word becomes mine with this launch's stamp; false: it holds another block. */
+static __device__ bool word_stamp(uint64_t *slot_word, uint32_t block_id, uint32_t stamp,
+                                  uint64_t *ret_word)
+{
+    atomic_u64 word(*slot_word);
+    uint64_t old = word.load(cuda::memory_order_relaxed);
+
+    while (old >> 32 == block_id + UINT64_C(1)) {
+        uint64_t mine = (old & ~WINNOW_GPU_STAMP_MASK) | stamp;
+        if (old == mine || word.compare_exchange_weak(old, mine, cuda::memory_order_relaxed)) {
+            *ret_word = mine;
+            return true;
+        }
+    }
+    return false;
+}
+
+/* The slot of a window that was not used for longest; false: all are in use. */
+static __device__ bool victim_find(const uint64_t *slot_word, uint32_t n_slots, uint32_t window,
+                                   uint32_t stamp, uint32_t *ret_slot, uint64_t *ret_word)
+{
+    uint32_t n_windows = (n_slots + WINDOW_SLOTS - 1) / WINDOW_SLOTS;
+    uint32_t first = window % n_windows * WINDOW_SLOTS, oldest = 0;
+
+#pragma unroll
+    for (uint32_t i = 0; i < WINDOW_SLOTS; i++) {
+        uint64_t word = first + i < n_slots ? __ldcg(slot_word + first + i) : WINNOW_GPU_FETCHING;
+        uint32_t age = (stamp - (uint32_t)word) & WINNOW_GPU_STAMP_MASK;
+        age = word >> 32 ? age : WINNOW_GPU_STAMP_MASK; /* empty */
+        if (!(word & WINNOW_GPU_FETCHING) && age > oldest) {
+            oldest = age;
+            *ret_slot = first + i;
+            *ret_word = word;
+        }
+    }
+    return oldest > 0;
+}
+
+/* A slot of the layer marked as mine and as being filled; false: none is free. */
+static __device__ bool slot_take(const winnow_gpu_view &view, uint32_t layer, uint32_t block_id,
+                                 uint32_t stamp, uint32_t *ret_slot, bool *ret_is_eviction)
+{
+    uint64_t *words = view.slot_word + (size_t)layer * view.n_slots_layer;
+    uint64_t mine = (block_id + UINT64_C(1)) << 32 | WINNOW_GPU_FETCHING | stamp;
+
+    for (uint32_t i = 0; i < N_TRIES && view.n_slots_layer > 0; i++) {
+        uint64_t word;
+        uint32_t slot, window = hand_take(view.hand + layer);
+        if (!victim_find(words, view.n_slots_layer, window, stamp, &slot, &word))
+            continue;
+        if (!atomic_u64(words[slot])
+                 .compare_exchange_strong(word, mine, cuda::memory_order_relaxed))
+            continue;
+        *ret_slot = layer * view.n_slots_layer + slot;
+        *ret_is_eviction = word >> 32 != 0;
+        return true;
+    }
+    return false;
+}
+
+/* The holder of loc gives the block a slot, the host or the disk as its place, and loc back. */
+static __device__ winnow_gpu_resolved place_missing(const winnow_gpu_view &view, uint32_t layer,
+                                                    uint32_t block_id, uint32_t stamp,
+                                                    uint32_t home, uint32_t *loc)
+{
+    winnow_gpu_resolved block = {WINNOW_GPU_ON_DISK, home, false, false, false, false, false};
+    uint32_t slot, loc_new = 0;
+
+    if (home != WINNOW_GPU_ON_DISK) {
+        block.has_to_fetch = slot_take(view, layer, block_id, stamp, &slot, &block.is_eviction);
+        block.has_to_wait = block.has_to_fetch;
+        block.is_unfit = !block.has_to_fetch;
+        block.place = block.has_to_fetch ? slot : WINNOW_GPU_FROM_HOST | home;
+        loc_new = block.has_to_fetch ? slot + 1 : 0;
+    }
+    atomic_u32(*loc).store(loc_new, cuda::memory_order_release);
+    return block;
+}
+
+} // namespace winnow_gpu_cache
+
+/*
+ * Where block `block` of a unit's list is. Any thread, for any blocks at once; blocks of one warp
+ * differ. What has to be fetched is the caller's to order: until then its slot says FETCHING.
+ */
+static __device__ winnow_gpu_resolved winnow_gpu_resolve(const winnow_gpu_view &view,
+                                                         const winnow_gpu_unit &unit,
+                                                         uint32_t session, uint32_t stamp,
+                                                         uint32_t block)
+{
+    using namespace winnow_gpu_cache;
+    uint32_t segment = block / view.span_blocks, i = block % view.span_blocks;
+    uint32_t segment_slot = view.session_segments[session * view.n_session_segments_max + segment];
+    uint32_t unit_idx = unit.layer * view.n_kv_heads + unit.head;
+    uint8_t *index =
+        view.index + segment_slot * view.segment_bytes + (uint64_t)unit_idx * view.unit_bytes;
+    uint32_t block_id =
+        (segment_slot * view.n_layers * view.n_kv_heads + unit_idx) * view.span_blocks + i;
+    uint32_t *loc_at = (uint32_t *)(index + view.loc_at) + i;
+    uint32_t home = ((const uint32_t *)(index + view.home_at))[i];
+    atomic_u32 loc(*loc_at);
+    uint32_t at = loc.load(cuda::memory_order_acquire);
+
+    for (;;) {
+        uint64_t word;
+        if (at == PLACING) {
+            at = loc.load(cuda::memory_order_acquire);
+            continue;
+        }
+        if (at != 0 && (at - 1) / view.n_slots_layer == unit.layer &&
+            word_stamp(view.slot_word + at - 1, block_id, stamp, &word)) {
+            bool is_filling = word & WINNOW_GPU_FETCHING;
+            return {at - 1, home, !is_filling, is_filling, false, false, false};
+        }
+        if (loc.compare_exchange_strong(at, PLACING, cuda::memory_order_acq_rel))
+            return place_missing(view, unit.layer, block_id, stamp, home, loc_at);
+    }
+}

@@ -3,7 +3,9 @@
   python3 bench/main_job.py speed      sparse against everything read, from memory and from disk;
                                        llama.cpp beside it where `llama_cpp` can be imported
   python3 bench/main_job.py policies   the quickstart's document under every policy
-  python3 bench/main_job.py retrieval  24 questions in documents of 2,000, 4,000, 7,000 tokens
+  python3 bench/main_job.py masses     the quickstart's document for P from .5 to 1
+  python3 bench/main_job.py retrieval  24 questions in documents of 2,000, 4,000, 7,000 tokens;
+                                       --documents FOLDER: other ones of make_documents.py
 
 Prints markdown with the machine, the commit and the command; --json the numbers.
 """
@@ -39,12 +41,14 @@ def machine() -> str:
     return f"{date}, {os.cpu_count()} cores of {cpu}, Linux {platform.release()}, commit {commit}"
 
 
-def compare(daemon: Daemon, name: str, *options: str) -> dict[str, Any]:
+def compare(
+    daemon: Daemon, name: str, *options: str, documents: Path = DOCUMENTS
+) -> dict[str, Any]:
     """The document read once, every question answered sparse and exact on forks."""
     command = [
         *(str(BIN / "smollm2"), "--socket", str(daemon.socket), "--model", str(MODEL), "compare"),
-        *("--document", str(DOCUMENTS / f"{name}.txt")),
-        *("--questions", str(DOCUMENTS / f"{name}.questions")),
+        *("--document", str(documents / f"{name}.txt")),
+        *("--questions", str(documents / f"{name}.questions")),
         *("--progress", "none", "--json", *options),
     ]
     result: dict[str, Any] = json.loads(subprocess.check_output(command))
@@ -53,6 +57,12 @@ def compare(daemon: Daemon, name: str, *options: str) -> dict[str, Any]:
 
 def right(side: dict[str, Any]) -> int:
     return sum(answer["correct"] for answer in side["answers"])
+
+
+def lost(run: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The answers, sparse and exact, that are right with everything read alone."""
+    pairs = zip(run["sparse"]["answers"], run["exact"]["answers"], strict=True)
+    return [(one, other) for one, other in pairs if other["correct"] and not one["correct"]]
 
 
 def llama() -> dict[str, float] | None:
@@ -111,17 +121,17 @@ def speed(cache: Path) -> dict[str, Any]:
     return result
 
 
-def policies(cache: Path) -> dict[str, Any]:
+def policies(cache: Path, documents: Path) -> dict[str, Any]:
     result: dict[str, Any] = {}
     print("| policy | blocks read | answers right | of those P = 1 has right | KL mean | tokens/s |")
     print("| --- | --- | --- | --- | --- | --- |")
     with Daemon(cache, *LARGE) as daemon:
         for policy in ("codes", "tactic", "moment", "exact"):
-            run = result[policy] = compare(daemon, "quickstart", "--policy", policy)
-            side, exact = run["sparse"], run["exact"]
-            kept = sum(
-                a["correct"] and b["correct"] for a, b in zip(side["answers"], exact["answers"])
+            run = result[policy] = compare(
+                daemon, "quickstart", "--policy", policy, documents=documents
             )
+            side, exact = run["sparse"], run["exact"]
+            kept = right(exact) - len(lost(run))
             print(
                 f"| `{policy}` | {side['share_read']:.1%} | {right(side)} of {len(side['answers'])} | "
                 f"{kept} of {right(exact)} | {run['compare']['kl_mean_nats']:.4f} | "
@@ -130,34 +140,63 @@ def policies(cache: Path) -> dict[str, Any]:
     return result
 
 
-def retrieval(cache: Path) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    print("| document | P = 1 right | `codes` right | `moment` right |")
-    print("| --- | --- | --- | --- |")
-    totals = [0, 0, 0]
+def masses(cache: Path, documents: Path) -> dict[str, Any]:
+    options = [part for mass in (0.5, 0.7, 0.8, 0.9, 0.95, 1) for part in ("--mass", str(mass))]
     with Daemon(cache, *LARGE) as daemon:
-        for name in ("retrieval-2000", "retrieval-4000", "retrieval-7000"):
-            codes = compare(daemon, name, "--policy", "codes")
-            moment = compare(daemon, name, "--policy", "moment")
-            result[name] = {"codes": codes, "moment": moment}
-            one = [right(codes["exact"]), right(codes["sparse"]), right(moment["sparse"])]
-            totals = [a + b for a, b in zip(totals, one)]
-            print(f"| {name} | {one[0]} | {one[1]} | {one[2]} |")
-    print(f"| all 24 | {totals[0]} | {totals[1]} | {totals[2]} |")
+        result = compare(daemon, "quickstart", *options, documents=documents)
+    print("| P | blocks read | mass reached | KL mean, nats | KL largest | same tokens |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for one in result["masses"]:
+        print(
+            f"| {one['mass_asked']:.2f} | {one['share_read']:.1%} | {one['mass_reached']:.3f} | "
+            f"{one['kl_mean_nats']:.5f} | {one['kl_max_nats']:.4f} | "
+            f"{one['tokens_equal']} of {one['tokens_total']} |"
+        )
     return result
+
+
+def retrieval(cache: Path, documents: Path) -> dict[str, Any]:
+    names = ("retrieval-2000", "retrieval-4000", "retrieval-7000")
+    result: dict[str, Any] = {}
+    table: list[list[int]] = []
+    with Daemon(cache, *LARGE) as daemon:
+        for policy in ("codes", "tactic", "moment"):
+            result[policy] = {
+                name: compare(daemon, name, "--policy", policy, documents=documents)
+                for name in names
+            }
+    print("| document | right at P = 1 | of these by `codes` | by `tactic` | by `moment` |")
+    print("| --- | --- | --- | --- | --- |")
+    for name in names:
+        n_right = right(result["codes"][name]["exact"])
+        table.append([n_right, *(n_right - len(lost(runs[name])) for runs in result.values())])
+        print(f"| {name} | {' | '.join(map(str, table[-1]))} |")
+    print(f"| all 24 | {' | '.join(str(sum(column)) for column in zip(*table))} |")
+    for name in names:
+        for one, other in lost(result["codes"][name]):
+            print(f"\nLost by `codes`, {name}: {one['question']} {other['expected']}")
+            print(f"sparse: {one['text'].strip()!r}; everything: {other['text'].strip()!r}")
+    return result
+
+
+QUALITY = {"policies": policies, "masses": masses, "retrieval": retrieval}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["speed", "policies", "retrieval"])
+    parser.add_argument("what", choices=["speed", *QUALITY])
+    parser.add_argument("--documents", type=Path, default=DOCUMENTS)
     parser.add_argument("--json", action="store_true", help="numbers on stdout, the table on stderr")
     args = parser.parse_args()
     stdout = sys.stdout
     if args.json:
         sys.stdout = sys.stderr
     print(f"`python3 bench/main_job.py {args.what}`: {machine()}\n")
-    with tempfile.TemporaryDirectory(dir=ROOT / "build", prefix="bench-") as cache:
-        result = {"speed": speed, "policies": policies, "retrieval": retrieval}[args.what](Path(cache))
+    with tempfile.TemporaryDirectory(dir=ROOT / "build", prefix="bench-") as folder:
+        cache = Path(folder)
+        result = (
+            speed(cache) if args.what == "speed" else QUALITY[args.what](cache, args.documents)
+        )
     if args.json:
         json.dump(result, stdout)
 

@@ -158,8 +158,10 @@ static struct winnow_flight *flight_make(struct winnow_dispatch *dispatch, int64
                                      .made_ns = now_ns,
                                      .kind = first->kind,
                                      .priority = first->priority};
-    for (const struct winnow_io_request *request = first; request; request = request->next)
+    for (struct winnow_io_request *request = first; request; request = request->next) {
+        request->begun_ns = now_ns;
         flight->n_bytes += request->n_bytes;
+    }
     uint32_t n_in_flight = atomic_fetch_add(&dispatch->n_in_flight, 1) + 1;
     winnow_assert(n_in_flight <= dispatch->window);
     if (n_in_flight > atomic_load_explicit(&dispatch->n_in_flight_max, memory_order_relaxed))

@@ -4,6 +4,7 @@
  */
 #pragma once
 
+#include <base/latency.h>
 #include <base/pool.h>
 #include <pthread.h>
 #include <storage/dir.h>
@@ -60,6 +61,7 @@ struct winnow_store {
     uint64_t n_segments_made;
     int64_t write_error_ns[WINNOW_N_WRITE_ERRORS]; /* the last ones, oldest first */
     struct winnow_store_facts facts;
+    struct winnow_latency reads;
 
     pthread_t io_thread, sync_thread;
     pthread_mutex_t stop_lock; /* held from setting stop to the end of the wake-ups */

@@ -33,7 +33,7 @@ struct winnow_io_request {
     uint32_t whole_disk_bytes;
     int32_t whole_result;
 
-    int64_t done_ns;
+    int64_t begun_ns, done_ns; /* with the disk from, to */
     int32_t result;
     uint32_t disk_bytes, n_retries, n_bad_sums, n_io_errors;
     bool timed_out, alone;

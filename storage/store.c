@@ -399,3 +399,8 @@ void winnow_store_facts(struct winnow_store *store, struct winnow_store_facts *f
     facts->in_flight_max =
         atomic_load_explicit(&store->dispatch.n_in_flight_max, memory_order_relaxed);
 }
+
+const struct winnow_latency *winnow_store_latency(const struct winnow_store *store)
+{
+    return &store->reads;
+}

@@ -16,6 +16,7 @@
  */
 #pragma once
 
+#include <base/latency.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -139,3 +140,5 @@ struct winnow_store_facts {
     bool stuck;    /* the disk does not answer: reads end with -ETIMEDOUT at once, writes wait */
 };
 void winnow_store_facts(struct winnow_store *store, struct winnow_store_facts *facts);
+/* How long the disk had the reads of decode that it has answered. Borrowed, the owner's. */
+const struct winnow_latency *winnow_store_latency(const struct winnow_store *store);

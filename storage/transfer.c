@@ -221,6 +221,8 @@ static bool request_end(struct winnow_store *store, struct winnow_io_request *re
     if (request->kind == WINNOW_IO_WRITE)
         return piece_end(store, request, done);
     request_count(store, request);
+    if (request->priority == WINNOW_IO_DECODE && request->begun_ns)
+        winnow_latency_add(&store->reads, request->done_ns - request->begun_ns);
     if (request->result == -ENODATA)
         read_error_count(store, request);
     store->facts.timeouts += request->result == -ETIMEDOUT;

@@ -157,8 +157,11 @@ static void print_status(const struct winnow_link *link, const Winnow__V1__Stats
     printf("now    %" PRIu64 " sessions  %" PRIu64 " tokens, %s of KV: %s in memory, %s on disk\n",
            s->sessions_open, s->tokens_held, cli_bytes(s->kv_bytes, a),
            cli_bytes(s->kv_host_bytes, b), cli_bytes(s->kv_disk_bytes, c));
+    printf("pace   %.1f tokens/s  a layer's step p50 %.1f p99 %.1f ms  disk p99 %.1f ms\n",
+           (double)s->tokens_per_s, (double)s->step_p50_us / 1e3, (double)s->step_p99_us / 1e3,
+           (double)s->io_p99_us / 1e3);
     printf(
-        "read  %.1f %% of blocks  mass reached %.3f (mean of estimates)  short %.2f %% of %" PRIu64
+        "read   %.1f %% of blocks  mass reached %.3f (mean of estimates)  short %.2f %% of %" PRIu64
         " steps\n",
         100 * cli_ratio(n_read, s->blocks_total), (double)s->mass_mean,
         100 * cli_ratio(s->steps_short, count_steps(s)), count_steps(s));

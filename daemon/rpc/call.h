@@ -16,6 +16,7 @@
 #include <base/pool.h>
 #include <core/core.h>
 #include <daemon/inflight.h>
+#include <daemon/journal.h>
 #include <daemon/registry.h>
 #include <daemon/rpc/rpc.h>
 #include <grpc/grpc.h>
@@ -176,6 +177,9 @@ struct winnow_rpc {
     struct winnow_wire_slice slice[1024];
     uint8_t boot_id[16];
     int64_t started_ns, next_timer_ns;
+    struct winnow_journal journal;
+    struct winnow_request hour; /* the summary's stats */
+    bool is_hour_asked;
     struct winnow_rpc_call *waiting, **waiting_end;
 
     grpc_server *server;

@@ -145,10 +145,12 @@ void winnow_rpc_drain(struct winnow_rpc *rpc, int64_t deadline_ns)
 /* The core knows the time of its steps only, and a short one ends in the step that began it. */
 static void micros_fill(struct winnow_rpc_item *item)
 {
-    uint32_t micros = (uint32_t)((winnow_clock_now_ns() - item->submitted_ns) / WINNOW_NS_PER_US);
-    if (item->request.kind == WINNOW_REQUEST_ATTEND)
+    int64_t took_ns = winnow_clock_now_ns() - item->submitted_ns;
+    uint32_t micros = (uint32_t)(took_ns / WINNOW_NS_PER_US);
+    if (item->request.kind == WINNOW_REQUEST_ATTEND) {
         item->request.attend.certificate.micros = micros;
-    else if (item->request.kind == WINNOW_REQUEST_EXACT)
+        winnow_journal_step(&item->call->rpc->journal, item->request.attend.layer, took_ns);
+    } else if (item->request.kind == WINNOW_REQUEST_EXACT)
         item->request.exact.certificate.micros = micros;
 }
 
@@ -327,6 +329,35 @@ static void go_on_draining(struct winnow_rpc *rpc, int64_t now_ns)
     }
 }
 
+static void hour_done(struct winnow_request *request)
+{
+    struct winnow_rpc *rpc = request->user;
+    char text[192];
+    rpc->is_hour_asked = false;
+    if (!request->status && winnow_journal_hour(&rpc->journal, &request->stats, text))
+        winnow_log(WINNOW_LOG_INFO, "summary", "%s", text);
+}
+
+/* What the log and status say of the time since. */
+static void keep_journal(struct winnow_rpc *rpc, int64_t now_ns)
+{
+    static const struct winnow_latency none;
+    struct winnow_store_facts facts;
+    if (rpc->store) {
+        winnow_store_facts(rpc->store, &facts);
+        winnow_journal_disk(&rpc->journal, &facts);
+    }
+    winnow_journal_stretch(&rpc->journal, rpc->store ? winnow_store_latency(rpc->store) : &none,
+                           now_ns);
+    if (rpc->is_hour_asked || !winnow_journal_hour_ends(&rpc->journal, now_ns))
+        return;
+    rpc->hour = (struct winnow_request){.kind = WINNOW_REQUEST_STATS,
+                                        .deadline_ns = WINNOW_NEVER_NS,
+                                        .done = hour_done,
+                                        .user = rpc};
+    rpc->is_hour_asked = winnow_core_submit(rpc->core, &rpc->hour) == 0;
+}
+
 static void take_event(struct winnow_rpc *rpc, const grpc_event *event)
 {
     struct winnow_rpc_tag *tag = event->tag;
@@ -352,17 +383,21 @@ void winnow_rpc_run(struct winnow_rpc *rpc, struct winnow_core *core, struct win
     rpc->core = core;
     rpc->store = store;
     rpc->started_ns = winnow_clock_now_ns();
+    winnow_journal_init(&rpc->journal, rpc->started_ns);
     winnow_rpc_call_post(rpc);
-    while (!rpc->is_shut_down || winnow_pool_used(rpc->calls)) {
+    while (!rpc->is_shut_down || winnow_pool_used(rpc->calls) || rpc->is_hour_asked) {
         int64_t now_ns = winnow_clock_now_ns();
         if (!rpc->is_draining && atomic_load(&rpc->drain_deadline_ns) != WINNOW_NEVER_NS)
             begin_drain(rpc);
         if (rpc->is_draining)
             go_on_draining(rpc, now_ns);
         run_timers(rpc, now_ns);
+        keep_journal(rpc, now_ns);
         int64_t when_ns = step(rpc, now_ns);
         if (rpc->next_timer_ns < when_ns)
             when_ns = rpc->next_timer_ns;
+        if (rpc->journal.hour_ns < when_ns)
+            when_ns = rpc->journal.hour_ns;
         if (rpc->is_draining && now_ns + 10 * WINNOW_NS_PER_MS < when_ns)
             when_ns = now_ns + 10 * WINNOW_NS_PER_MS;
         grpc_event event = grpc_completion_queue_next(rpc->queue, timespec_of(when_ns), NULL);

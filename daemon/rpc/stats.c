@@ -90,6 +90,10 @@ static void set_daemon(const struct winnow_rpc *rpc, const struct winnow_store_f
     reply->io_errors = facts->errors_crc + facts->errors_io;
     reply->io_timeouts = facts->timeouts;
     reply->disk_stuck = facts->stuck;
+    reply->step_p50_us = (uint64_t)winnow_journal_step_ns(&rpc->journal, 0.5) / WINNOW_NS_PER_US;
+    reply->step_p99_us = (uint64_t)winnow_journal_step_ns(&rpc->journal, 0.99) / WINNOW_NS_PER_US;
+    reply->io_p99_us = (uint64_t)winnow_journal_read_ns(&rpc->journal, 0.99) / WINNOW_NS_PER_US;
+    reply->tokens_per_s = (float)winnow_journal_tokens_per_s(&rpc->journal);
     reply->uptime_s = (uint64_t)((winnow_clock_now_ns() - rpc->started_ns) / WINNOW_NS_PER_S);
     reply->rss_bytes = read_status_kib("VmRSS:") << 10;
     reply->rss_peak_bytes = read_status_kib("VmHWM:") << 10;

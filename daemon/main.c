@@ -14,10 +14,12 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <malloc.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/random.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
@@ -46,6 +48,7 @@ struct daemon {
     struct winnow_store *store;
     struct winnow_listener *listener;
     int signal_fd;
+    int served_fd; /* eventfd: the serving thread has ended */
 };
 
 extern char **environ;
@@ -178,13 +181,14 @@ static int exit_of_store(int rc)
     case -EBUSY:
         return EXIT_SECOND;
     case -ENOSPC:
+    case -EROFS:
         return EXIT_CANTCREATE;
-    case -ENOMEM:
-    case -EIO:
-    case -EAGAIN:
-        return EXIT_SOFTWARE;
-    default:
+    case -EACCES:
+    case -ENOTSUP:
+    case -EINVAL:
         return EXIT_CONFIG;
+    default:
+        return EXIT_SOFTWARE;
     }
 }
 
@@ -250,12 +254,41 @@ static void *serve(void *arg)
     struct daemon *daemon = arg;
     pthread_setname_np(pthread_self(), "winnow-serve");
     winnow_rpc_run(daemon->rpc, daemon->core, daemon->store);
+    eventfd_write(daemon->served_fd, 1);
     return NULL;
+}
+
+static void take_signals(const struct daemon *daemon)
+{
+    struct signalfd_siginfo signal;
+    while (read(daemon->signal_fd, &signal, sizeof signal) == sizeof signal)
+        winnow_log(WINNOW_LOG_NOTICE, "signal", "name=SIG%s pid=%u uid=%u",
+                   sigabbrev_np((int)signal.ssi_signo), signal.ssi_pid, signal.ssi_uid);
+}
+
+/* Running calls have their time; who cannot wait sends a second signal. */
+static void drain(struct daemon *daemon)
+{
+    struct pollfd events[2] = {{.fd = daemon->served_fd, .events = POLLIN},
+                               {.fd = daemon->signal_fd, .events = POLLIN}};
+    take_signals(daemon);
+    winnow_rpc_drain(daemon->rpc, winnow_clock_now_ns() + DRAIN_S * WINNOW_NS_PER_S);
+    while (!(events[0].revents & POLLIN)) {
+        if (poll(events, 2, -1) < 0 || !(events[1].revents & POLLIN))
+            continue;
+        take_signals(daemon);
+        winnow_rpc_drain(daemon->rpc, winnow_clock_now_ns());
+    }
 }
 
 static int serve_until_signal(struct daemon *daemon)
 {
     pthread_t thread;
+    daemon->served_fd = eventfd(0, EFD_CLOEXEC);
+    if (daemon->served_fd < 0) {
+        fprintf(stderr, "cannot make an eventfd: %s. hint: ulimit -n\n", strerror(errno));
+        return EXIT_SOFTWARE;
+    }
     int rc = pthread_create(&thread, NULL, serve, daemon);
     if (rc) {
         fprintf(stderr, "cannot start the serving thread: %s\n", strerror(rc));
@@ -267,7 +300,7 @@ static int serve_until_signal(struct daemon *daemon)
     rc = winnow_listener_run(daemon->listener);
     winnow_listener_close(daemon->listener);
     daemon->listener = NULL;
-    winnow_rpc_drain(daemon->rpc, winnow_clock_now_ns() + DRAIN_S * WINNOW_NS_PER_S);
+    drain(daemon);
     pthread_join(thread, NULL);
     winnow_log(WINNOW_LOG_NOTICE, "stopped", "listener=%d", rc);
     return rc ? EXIT_SOFTWARE : 0;
@@ -309,10 +342,18 @@ static int run(struct daemon *daemon, enum winnow_verb verb)
     return code;
 }
 
+/* Gives all back. Memory that the disk was given and never returned cannot be: the kernel may write
+ * into it still, so the process ends with all that it holds, its threads too. */
 static void finish(struct daemon *daemon)
 {
     winnow_listener_close(daemon->listener);
-    winnow_store_close(daemon->store);
+    int rc = winnow_store_close(daemon->store);
+    if (rc < 0) {
+        winnow_log(WINNOW_LOG_ERROR, "disk_held", "errno=%d text=\"%s\"", -rc,
+                   "reads or writes never came back from the disk; see the kernel's log");
+        fflush(NULL);
+        _exit(EXIT_SOFTWARE);
+    }
     winnow_core_destroy(daemon->core);
     winnow_team_destroy(daemon->team);
     winnow_rpc_destroy(daemon->rpc);

@@ -78,7 +78,8 @@ static _Noreturn void become(const char *const *argv, const char *const *env, in
 
 static void daemon_spawn(struct daemon *daemon)
 {
-    static const char *const env[] = {"PATH=/usr/bin:/bin", "LC_ALL=C", NULL};
+    const char *env[7] = {"PATH=/usr/bin:/bin", "LC_ALL=C"};
+    memcpy(env + 2, daemon->env, sizeof daemon->env);
     char path[256];
     const char *argv[6 + DAEMON_N_ARGS_MAX] = {program_path("winnowd", path), "--socket",
                                                daemon->socket, "--data-dir", daemon->data_dir};

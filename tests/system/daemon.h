@@ -1,6 +1,7 @@
 /*
  * A real winnowd of a test: the binary beside the test's own, with a socket and a data directory in
- * a temporary folder, its environment empty but for PATH. Waits are for events (the socket appears,
+ * a temporary folder, its environment empty but for PATH and
+ * what a test adds. Waits are for events (the socket appears,
  * the process ends) and have a deadline; a daemon that does not come or go ends the test.
  *
  * The process dies with the test (PR_SET_PDEATHSIG), the folder goes with daemon_remove.
@@ -16,6 +17,7 @@ enum { DAEMON_N_ARGS_MAX = 24 };
 struct daemon {
     char dir[64], socket[80], data_dir[80], log[80];
     const char *args[DAEMON_N_ARGS_MAX]; /* after --socket and --data-dir; NULL ends them */
+    const char *env[4];                  /* "NAME=VALUE", beside PATH and LC_ALL; NULL ends them */
     pid_t pid;                           /* 0: not running */
     int pidfd;
 };

@@ -60,9 +60,19 @@ static char *trim(char *text)
     return text;
 }
 
+/* A comment begins the line or follows a blank: paths may have a '#' in them. */
+static void cut_comment(char *line)
+{
+    for (char *c = line; (c = strchr(c, '#')); c++)
+        if (c == line || strchr(" \t", c[-1])) {
+            *c = 0;
+            return;
+        }
+}
+
 static void read_line(struct reader *reader, char *line, const char *origin)
 {
-    line[strcspn(line, "#")] = 0;
+    cut_comment(line);
     char *key = trim(line);
     if (!*key)
         return;
@@ -92,8 +102,17 @@ static void read_file(struct reader *reader, const char *path)
     char line[2048], origin[48];
     for (uint32_t line_no = 1; fgets(line, sizeof line, file); line_no++) {
         snprintf(origin, sizeof origin, "%.32s:%u", slash ? slash + 1 : path, line_no);
+        if (!strchr(line, '\n') && !feof(file)) { /* or a NUL is in it: no text of ours */
+            winnow_complain(reader->complaints,
+                            "a line is longer than %zu bytes or no text. from: %s", sizeof line - 2,
+                            origin);
+            break;
+        }
         read_line(reader, line, origin);
     }
+    if (ferror(file))
+        winnow_complain(reader->complaints, "cannot read %s: %s. from: --config", path,
+                        strerror(errno));
     fclose(file);
 }
 

@@ -124,6 +124,91 @@ static void test_config__file_faults_have_lines(void)
     CHECK_EQ(complaints.n, 1);
 }
 
+/* Reads n_bytes as a configuration file. */
+static void read_bytes(const char *bytes, size_t n_bytes)
+{
+    char path[] = "/tmp/winnow-config-XXXXXX";
+    int fd = mkstemp(path);
+    CHECK(fd >= 0);
+    CHECK_EQ(write(fd, bytes, n_bytes), (ssize_t)n_bytes);
+    close(fd);
+    CHECK_EQ(READ(no_environment, "--config", path), 0);
+    unlink(path);
+}
+
+/* What editors and other systems make of a file: nothing in it, no last newline, CRLF, tabs, a '#'
+ * in a path. */
+static void test_config__odd_files_are_read(void)
+{
+    read_bytes("", 0);
+    CHECK_EQ(complaints.n, 0);
+    static const char text[] = "\thost_pool\t=\t64 MiB\r\n\r\n# mass = 0.1\r\n"
+                               "data_dir = /srv/a#b\t# here\r\nthreads=3";
+    read_bytes(text, sizeof text - 1);
+    CHECK_EQ(complaints.n, 0);
+    CHECK_EQ(config.host_pool_bytes, 64 << 20);
+    CHECK(config.mass == 0.9F);
+    CHECK(!strcmp(config.data_dir, "/srv/a#b"));
+    CHECK_EQ(config.n_threads, 3);
+}
+
+/* What is no file of ours is refused, never half read. */
+static void test_config__no_files_of_ours(void)
+{
+    CHECK_EQ(READ(no_environment, "--config", "/tmp"), 0);
+    CHECK_EQ(complaints.n, 1);
+    CHECK(strstr(complaints.text, "cannot read /tmp: Is a directory. from: --config"));
+    static char bytes[5000];
+    memset(bytes, '#', sizeof bytes);
+    read_bytes(bytes, sizeof bytes);
+    CHECK_EQ(complaints.n, 1);
+    CHECK(strstr(complaints.text, "a line is longer than 2046 bytes") &&
+          strstr(complaints.text, ":1\n"));
+    read_bytes("mass = 0.5\nhost_pool = 64MiB\0x\nthreads = 0\n", 43);
+    CHECK_EQ(complaints.n, 1);
+    CHECK(strstr(complaints.text, ":2\n"));
+    CHECK_EQ(config.host_pool_bytes, 0);
+}
+
+/* Values at the ends of their ranges, and past them: by one, by units, by 64 bits. */
+static void test_config__values_past_their_range(void)
+{
+    static const struct {
+        const char *flag, *value;
+        bool fits;
+    } cases[] = {
+        {"--host-pool", "16MiB", true},
+        {"--host-pool", "16777215", false},
+        {"--host-pool", "1024G", true},
+        {"--host-pool", "1025G", false},
+        {"--host-pool", "18446744073709551616", false},
+        {"--host-pool", "16777216T", false},
+        {"--host-pool", "-1", false},
+        {"--host-pool", "", false},
+        {"--threads", "256", true},
+        {"--threads", "257", false},
+        {"--threads", "4294967297", false}, /* 1 in 32 bits */
+        {"--tokens-max", "16M", true},
+        {"--mass", "1", true},
+        {"--mass", "1.0000001", false},
+        {"--mass", "0", false},
+        {"--mass", "nan", false},
+        {"--mass", "0.5x", false},
+        {"--policy", "codes tactic", false},
+        {"--policy", "", false},
+        {"--allow-uids", "0,4294967294", true},
+        {"--allow-uids", "4294967295", false}, /* no uid: the kernel's -1 */
+        {"--allow-uids", "1,", false},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        CHECK_EQ(READ(no_environment, cases[i].flag, cases[i].value), 0);
+        if ((complaints.n == 0) != cases[i].fits)
+            printf("%s %s: %s\n", cases[i].flag, cases[i].value, complaints.text);
+        CHECK_EQ(complaints.n, cases[i].fits ? 0 : 1);
+        CHECK(cases[i].fits || strstr(complaints.text, cases[i].flag)); /* its origin */
+    }
+}
+
 /* Variables of the client, the tests and the traces are not the daemon's, and are let be. */
 static void test_config__other_variables(void)
 {
@@ -196,7 +281,7 @@ static void test_config__docs_have_the_table(void)
     CHECK(strstr(docs, table));
 }
 
-/* The example file is accepted as it is, and with every key set to a value. */
+/* The example file is accepted as it is. */
 static void test_config__example_file(void)
 {
     char path[] = "/tmp/winnow-config-XXXXXX";
@@ -216,6 +301,9 @@ int main(int argc, char **argv)
     TEST_RUN(test_config__precedence);
     TEST_RUN(test_config__all_faults_at_once);
     TEST_RUN(test_config__file_faults_have_lines);
+    TEST_RUN(test_config__odd_files_are_read);
+    TEST_RUN(test_config__no_files_of_ours);
+    TEST_RUN(test_config__values_past_their_range);
     TEST_RUN(test_config__other_variables);
     TEST_RUN(test_config__usage);
     TEST_RUN(test_config__long_socket);

@@ -269,8 +269,8 @@ static void test_build(void)
 
 static void test_versions__convert(void)
 {
-    for (int i = 0; i < 2; i++)
-        if ((version = winnow_kernels_find(i ? "avx512" : "avx2")))
+    for (int i = 0; i < N_VERSIONS; i++)
+        if ((version = version_find(i)))
             test_convert();
 }
 

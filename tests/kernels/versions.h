@@ -13,12 +13,15 @@
 #pragma once
 
 #include <float.h>
+#include <kernels/gpu.h>
 #include <kernels/ref/ref.h>
 #include <test.h>
 
 #include "cases.h"
 
-static const struct winnow_kernels *ref, *version;
+static const struct winnow_kernels *ref, *version, *cuda; /* cuda: NULL where no GPU is */
+static const char *const version_name[] = {"avx2", "avx512", "cuda"};
+enum { N_VERSIONS = 3 };
 static struct kernel_data data;
 static enum kernel_input data_input;
 
@@ -114,12 +117,16 @@ static inline void check_partial(const char *what, const float *a, const float *
                     (2 * fmin(tolerance, 1) + SUM_TOLERANCE) * v_largest);
 }
 
+/* NULL: not here. */
+static inline const struct winnow_kernels *version_find(int i)
+{
+    return strcmp(version_name[i], "cuda") ? winnow_kernels_find(version_name[i]) : cuda;
+}
+
 /* Runs a check for every version and shape: the first two shapes with every input, the others with
  * random input and one of the hostile, which the seed chooses. */
 static inline void each(void (*check)(void))
 {
-    static const char *const name[] = {"avx2", "avx512"};
-
     for (size_t c = 0; c < sizeof kernel_cases / sizeof kernel_cases[0]; c++)
         for (data_input = 0; data_input < N_INPUTS; data_input++) {
             if (c >= 2 && data_input != INPUT_RANDOM &&
@@ -127,17 +134,31 @@ static inline void each(void (*check)(void))
                 continue;
             case_data_init(&data, &kernel_cases[c], data_input, N_BLOCKS, CASE_POSITIONS,
                            test_seed() + c);
-            for (int i = 0; i < 2; i++)
-                if ((version = winnow_kernels_find(name[i])))
+            for (int i = 0; i < N_VERSIONS; i++)
+                if ((version = version_find(i)))
                     check();
             case_data_finish(&data);
         }
 }
 
+/* The library of WINNOW_TEST_CUDA, or the one beside this program. --require cuda (before the
+ * others): it has to be there, with a GPU. */
 static inline void versions_init(int argc, char **argv)
 {
+    const struct winnow_gpu_api *gpu;
+    bool is_required = argc > 2 && !strcmp(argv[1], "--require") && !strcmp(argv[2], "cuda");
+    char text[256];
+
+    if (is_required)
+        argc -= 2, argv += 2;
     TEST_INIT(argc, argv);
     ref = winnow_kernels_ref();
-    if (!winnow_kernels_find("avx2"))
-        TEST_SKIP("this CPU has no AVX2");
+    gpu = winnow_gpu_load(getenv("WINNOW_TEST_CUDA"), text);
+    if (gpu && gpu->probe(0, text) == 0)
+        cuda = gpu->kernels();
+    printf("%s cuda: %s\n", cuda ? "with" : "without", text);
+    if (is_required && !cuda)
+        test_fail(__FILE__, __LINE__, text);
+    if (!winnow_kernels_find("avx2") && !cuda)
+        TEST_SKIP("this machine has neither AVX2 nor a GPU");
 }

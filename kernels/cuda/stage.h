@@ -32,10 +32,12 @@ cudaError_t winnow_gpu_stage_attend(const struct winnow_gpu_view *, const struct
 cudaError_t winnow_gpu_stage_more(const struct winnow_gpu_view *, const struct winnow_gpu_grid *,
                                   cudaStream_t);
 /* Once, before the first launch: shared memory and other attributes of the kernels. Calls those of
- * scan and select. */
+ * the stages. */
 cudaError_t winnow_gpu_stages_prepare(const struct winnow_gpu_view *);
 cudaError_t winnow_gpu_scan_prepare(const struct winnow_gpu_view *);
 cudaError_t winnow_gpu_select_prepare(const struct winnow_gpu_view *);
+cudaError_t winnow_gpu_attend_prepare(const struct winnow_gpu_view *); /* tail too */
+cudaError_t winnow_gpu_more_prepare(const struct winnow_gpu_view *);
 
 #ifdef __cplusplus
 }

@@ -321,6 +321,11 @@ static int run(struct daemon *daemon, enum winnow_verb verb)
         fprintf(stderr, "cannot read /proc/self/status. hint: mount /proc\n");
         return EXIT_SOFTWARE;
     }
+    /* Once without the core's own part, so that what cannot fit is not even reserved. */
+    winnow_limits_check_sum(&daemon->limits, &daemon->origins, &daemon->machine,
+                            &daemon->complaints);
+    if (daemon->complaints.n)
+        return complain(daemon);
     int code = make_core(daemon);
     if (code)
         return code;

@@ -186,6 +186,12 @@ void winnow_sim_disk_release(struct winnow_sim_disk *disk)
     }
 }
 
+void winnow_sim_disk_abandon(struct winnow_sim_disk *disk)
+{
+    disk->counts.in_flight = 0;
+    disk->n_instances = 0;
+}
+
 /* The fault of the operation being submitted: a script's, else chance's; 0: none. */
 static int fault_draw(struct winnow_sim_disk *disk, int kind)
 {

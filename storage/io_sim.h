@@ -83,6 +83,8 @@ void winnow_sim_disk_fail(struct winnow_sim_disk *disk, int kind, uint64_t nth, 
                           enum winnow_sim_fault fault);
 void winnow_sim_disk_heal(struct winnow_sim_disk *disk);    /* forgets what `fail` was told */
 void winnow_sim_disk_release(struct winnow_sim_disk *disk); /* stuck operations end in EIO */
+/* Whoever had the disk open was given up: what it left in flight ends nowhere. */
+void winnow_sim_disk_abandon(struct winnow_sim_disk *disk);
 
 /* The medium itself, by file name. False: no such file or place. */
 bool winnow_sim_disk_flip(struct winnow_sim_disk *disk, const char *name, uint64_t offset_bytes);

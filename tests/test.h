@@ -13,6 +13,9 @@
  * runs all tests, or those whose names contain the first argument. TEST_SKIP(reason) ends the
  * program with 77 and says why. --seed N (or WINNOW_TEST_SEED) brings a failure back: every
  * random choice of a test comes from test_seed(), which is printed on failure.
+ *
+ * TEST_ROW(F12, n) says that n cases of row F12 of tests/README.md have been run: the program gets
+ * the ctest label F12, and tests/rows adds the cases up.
  */
 #pragma once
 
@@ -70,6 +73,8 @@ _Noreturn static inline void test_fail(const char *file, int line, const char *w
         printf("SKIP %s: %s\n", test_name, reason);                                                \
         exit(77);                                                                                  \
     } while (0)
+
+#define TEST_ROW(row, n_cases) printf("row " #row " %llu cases\n", (unsigned long long)(n_cases))
 
 #define CHECK(cond)                                                                                \
     do {                                                                                           \

@@ -425,6 +425,7 @@ static void test_client__no_call_outlasts_its_deadline(void)
            (double)late_ns[n_calls / 2] / 1e6, (double)late_ns[n_calls * 99 / 100] / 1e6,
            (double)late_ns[n_calls - 1] / 1e6, n_past);
     CHECK(late_ns[n_calls - 1] < WINNOW_NS_PER_S);
+    TEST_ROW(F21, n_calls);
     fake_set_script(fake, FAKE_PLAIN);
     for (uint32_t i = 0; i < N_LATE_THREADS; i++) {
         winnow_session_close(late[i].session);

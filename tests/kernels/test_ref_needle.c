@@ -147,6 +147,7 @@ static void test_needle__codes_find_what_moments_lose(void)
            N_NEEDLES, n_read / N_NEEDLES, N_BLOCKS, n_lost, n_lost_in_worst, N_NEEDLES / 10);
     CHECK(n_lost > N_NEEDLES / 2);
     CHECK(n_lost_in_worst > 0);
+    TEST_ROW(F11, N_NEEDLES);
 }
 
 int main(int argc, char **argv)

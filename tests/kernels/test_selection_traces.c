@@ -95,6 +95,7 @@ static void test_traces__golden_heads_meet_their_figures(void)
 {
     CHECK_EQ(golden()->n, 3);
     check_each(golden());
+    TEST_ROW(F11, golden()->n);
 }
 
 /* The needle that `moment` loses is lost in sight of this test; the codes keep it. */

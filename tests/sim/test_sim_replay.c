@@ -27,6 +27,7 @@ static void test_replay__same_seed_same_events(void)
         for (uint32_t j = 0; j < i; j++)
             CHECK(hash[j] != hash[i]);
     }
+    TEST_ROW(F30, N_SEEDS);
 }
 
 int main(int argc, char **argv)

@@ -67,6 +67,7 @@ static void test_swarm__storm_of_faults(void)
 {
     runs(14, 2000, SIM_STORM);
     CHECK(n_faults > 5000);
+    TEST_ROW(F5, n_faults);
 }
 
 int main(int argc, char **argv)

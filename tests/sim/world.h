@@ -243,7 +243,8 @@ static inline void sim_store_init(struct sim_world *world)
     int rc = -EIO; /* of a disk that fails by chance: an operator tries again */
     for (int i = 0; rc < 0 && i < 100; i++) {
         rc = winnow_store_open(&store, &world->store, text);
-        winnow_sim_disk_release(world->disk);
+        if (rc < 0)
+            winnow_sim_disk_abandon(world->disk);
     }
     if (rc < 0)
         test_fail(__FILE__, __LINE__, text);

@@ -429,6 +429,6 @@ int main(int argc, char **argv)
     TEST_RUN(test_fault__a_bad_file_is_left);
     TEST_RUN(test_fault__random_faults_give_no_wrong_byte);
     TEST_RUN(test_fault__each_allocation_of_open_fails);
-    printf("# %" PRIu64 " operations failed\n", n_faults);
+    TEST_ROW(F5, n_faults);
     return TEST_END();
 }

@@ -262,6 +262,7 @@ static void test_killed__daemon_is_told_and_found_again(void)
            "%.1f ms (worst); error %.1e in %u steps\n",
            N_ROUNDS, told_ms, refused_us, back_ms, error, n_steps);
     CHECK(error < 1e-5);
+    TEST_ROW(F22, N_ROUNDS);
     engine_close(&engine);
     CHECK_EQ(daemon_stop(&daemon, SIGTERM), 0);
     daemon_remove(&daemon);

@@ -30,7 +30,8 @@ enum {
 struct winnow_flight {
     struct winnow_flight *next;
     struct winnow_io_request *requests;
-    uint8_t *data;
+    struct iovec
+        *parts; /* [WINNOW_MERGE_PARTS_MAX]: where what is still to be read or written lies */
     uint64_t offset_bytes;
     uint32_t file_no, n_bytes, n_done_bytes;
     uint32_t n_again;
@@ -49,18 +50,21 @@ int winnow_dispatch_init(struct winnow_dispatch *dispatch, const struct winnow_i
     winnow_queue_init(&dispatch->queue, window);
     winnow_breaker_init(&dispatch->breaker);
     dispatch->flight = winnow_alloc_array(window, sizeof *dispatch->flight);
+    dispatch->parts =
+        winnow_alloc_array((size_t)window * WINNOW_MERGE_PARTS_MAX, sizeof *dispatch->parts);
     dispatch->file_idx = winnow_alloc_array(n_files_max, sizeof *dispatch->file_idx);
     int rc = winnow_ring_create(n_requests_max + n_files_max, sizeof(struct winnow_message),
                                 &dispatch->asks);
     if (!rc) /* a late request answers twice */
         rc = winnow_ring_create(2 * n_requests_max + n_files_max, sizeof(struct winnow_message),
                                 &dispatch->answers);
-    if (rc < 0 || !dispatch->flight || !dispatch->file_idx) {
+    if (rc < 0 || !dispatch->flight || !dispatch->parts || !dispatch->file_idx) {
         winnow_dispatch_finish(dispatch);
         return -ENOMEM;
     }
     memset(dispatch->file_idx, 0xff, n_files_max * sizeof *dispatch->file_idx);
     for (uint32_t i = 0; i < window; i++) {
+        dispatch->flight[i].parts = dispatch->parts + (size_t)i * WINNOW_MERGE_PARTS_MAX;
         dispatch->flight[i].next = dispatch->free_flight;
         dispatch->free_flight = &dispatch->flight[i];
     }
@@ -82,6 +86,7 @@ void winnow_dispatch_finish(struct winnow_dispatch *dispatch)
     winnow_ring_destroy(dispatch->answers);
     winnow_ring_destroy(dispatch->asks);
     winnow_alloc_free(dispatch->file_idx);
+    winnow_alloc_free(dispatch->parts);
     winnow_alloc_free(dispatch->flight);
     *dispatch = (struct winnow_dispatch){0};
 }
@@ -152,7 +157,7 @@ static struct winnow_flight *flight_make(struct winnow_dispatch *dispatch, int64
     struct winnow_flight *flight = dispatch->free_flight;
     dispatch->free_flight = flight->next;
     *flight = (struct winnow_flight){.requests = first,
-                                     .data = first->data,
+                                     .parts = flight->parts,
                                      .offset_bytes = first->offset_bytes,
                                      .file_no = first->file_no,
                                      .made_ns = now_ns,
@@ -350,6 +355,43 @@ static void flights_fill(struct winnow_dispatch *dispatch, int64_t now_ns)
         list_end(dispatch, winnow_queue_take_reads(&dispatch->queue), -ETIMEDOUT, now_ns);
 }
 
+/* The flight's memory from n_done_bytes on, neighbours joined. */
+static uint32_t flight_parts(const struct winnow_flight *flight)
+{
+    uint32_t n_parts = 0, n_skip = flight->n_done_bytes;
+    const uint8_t *end = NULL;
+    for (const struct winnow_io_request *request = flight->requests; request;
+         request = request->next) {
+        if (n_skip >= request->n_bytes) {
+            n_skip -= request->n_bytes;
+            continue;
+        }
+        uint8_t *data = request->data + n_skip;
+        if (data != end) {
+            winnow_assert(n_parts < WINNOW_MERGE_PARTS_MAX);
+            flight->parts[n_parts++] = (struct iovec){.iov_base = data};
+        }
+        flight->parts[n_parts - 1].iov_len += request->n_bytes - n_skip;
+        end = request->data + request->n_bytes;
+        n_skip = 0;
+    }
+    return n_parts;
+}
+
+static struct winnow_io_op flight_op(const struct winnow_dispatch *dispatch,
+                                     const struct winnow_flight *flight)
+{
+    uint32_t n_parts = flight_parts(flight);
+    return (struct winnow_io_op){.kind = flight->kind,
+                                 .file_idx = dispatch->file_idx[flight->file_no],
+                                 .offset_bytes = flight->offset_bytes + flight->n_done_bytes,
+                                 .data = n_parts == 1 ? flight->parts->iov_base : NULL,
+                                 .parts = flight->parts,
+                                 .n_parts = n_parts,
+                                 .n_bytes = flight->n_bytes - flight->n_done_bytes,
+                                 .tag = (uint64_t)(flight - dispatch->flight)};
+}
+
 static bool flights_submit(struct winnow_dispatch *dispatch, int64_t now_ns)
 {
     struct winnow_io_op op[SUBMIT_MAX];
@@ -357,13 +399,7 @@ static bool flights_submit(struct winnow_dispatch *dispatch, int64_t now_ns)
     flights_fill(dispatch, now_ns);
     for (struct winnow_flight *flight = dispatch->ready; flight && n_ops < SUBMIT_MAX;
          flight = flight->next)
-        op[n_ops++] =
-            (struct winnow_io_op){.kind = flight->kind,
-                                  .file_idx = dispatch->file_idx[flight->file_no],
-                                  .offset_bytes = flight->offset_bytes + flight->n_done_bytes,
-                                  .data = flight->data + flight->n_done_bytes,
-                                  .n_bytes = flight->n_bytes - flight->n_done_bytes,
-                                  .tag = (uint64_t)(flight - dispatch->flight)};
+        op[n_ops++] = flight_op(dispatch, flight);
     if (!n_ops)
         return false;
     uint32_t n_taken = dispatch->method->submit(dispatch->io, op, n_ops);

@@ -24,6 +24,7 @@ struct winnow_dispatch {
     struct winnow_breaker breaker;
     uint32_t window;
     struct winnow_flight *flight;      /* [window] */
+    struct iovec *parts;               /* [window][WINNOW_MERGE_PARTS_MAX]: the flights' */
     struct winnow_flight *free_flight; /* list */
     struct winnow_flight *ready;       /* list of those to hand to the method, first first */
     struct winnow_flight **ready_end;

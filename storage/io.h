@@ -13,6 +13,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/uio.h>
 
 enum winnow_io_kind { WINNOW_IO_READ = 1, WINNOW_IO_WRITE, WINNOW_IO_SYNC, WINNOW_IO_ALLOCATE };
 
@@ -22,6 +23,9 @@ struct winnow_io_op {
     uint32_t n_bytes; /* ALLOCATE: in units of 4,096 */
     uint64_t offset_bytes;
     void *data;
+    /* READ with data NULL: filled in this order, n_bytes together; the caller's until polled */
+    const struct iovec *parts;
+    uint32_t n_parts;
     uint64_t tag; /* below 2^63 */
 };
 

@@ -39,7 +39,8 @@ static int32_t op_run(struct pread_io *io, const struct winnow_io_op *op)
     do {
         switch (op->kind) {
         case WINNOW_IO_READ:
-            rc = pread(fd, op->data, op->n_bytes, offset);
+            rc = op->data ? pread(fd, op->data, op->n_bytes, offset)
+                          : preadv(fd, op->parts, (int)op->n_parts, offset);
             break;
         case WINNOW_IO_WRITE:
             rc = pwrite(fd, op->data, op->n_bytes, offset);

@@ -242,6 +242,30 @@ static void op_check(const struct sim_io *io, const struct winnow_io_op *op)
         winnow_assert(op->n_bytes > 0 && op->n_bytes % PAGE_BYTES == 0);
         winnow_assert((uintptr_t)op->data % PAGE_BYTES == 0);
     }
+    if (op->kind != WINNOW_IO_READ || op->data)
+        return;
+    uint64_t n_bytes = 0;
+    for (uint32_t i = 0; i < op->n_parts; i++) {
+        winnow_assert(((uintptr_t)op->parts[i].iov_base | op->parts[i].iov_len) % PAGE_BYTES == 0);
+        n_bytes += op->parts[i].iov_len;
+    }
+    winnow_assert(n_bytes == op->n_bytes);
+}
+
+/* Puts the first n_bytes of what was read, or (from NULL) poison, where the operation wants it. */
+static void read_put(const struct winnow_io_op *op, const uint8_t *from, uint32_t n_bytes)
+{
+    struct iovec whole = {.iov_base = op->data, .iov_len = op->n_bytes};
+    const struct iovec *part = op->data ? &whole : op->parts;
+    for (; n_bytes; part++) {
+        uint32_t n = part->iov_len < n_bytes ? (uint32_t)part->iov_len : n_bytes;
+        if (from)
+            memcpy(part->iov_base, from, n);
+        else
+            memset(part->iov_base, POISON, n);
+        from = from ? from + n : NULL;
+        n_bytes -= n;
+    }
 }
 
 static uint32_t sim_submit(void *arg, const struct winnow_io_op *op, uint32_t n_ops)
@@ -261,7 +285,7 @@ static uint32_t sim_submit(void *arg, const struct winnow_io_op *op, uint32_t n_
                                 .fault = fault,
                                 .end_ns = end_draw(disk, op, fault)};
         if (op->kind == WINNOW_IO_READ)
-            memset(op->data, POISON, op->n_bytes);
+            read_put(op, NULL, op->n_bytes);
         io->n_in_flight++;
         counts->n_ops[op->kind]++;
         counts->n_bytes[op->kind] += op->n_bytes;
@@ -301,7 +325,7 @@ static int32_t op_apply(struct winnow_sim_disk *disk, const struct sim_flying *f
             return 0;
         if (n_bytes > file->n_bytes - op->offset_bytes)
             n_bytes = (uint32_t)(file->n_bytes - op->offset_bytes);
-        memcpy(op->data, file->bytes + op->offset_bytes, n_bytes);
+        read_put(op, file->bytes + op->offset_bytes, n_bytes);
         return (int32_t)n_bytes;
     case WINNOW_IO_WRITE:
         winnow_assert(op->offset_bytes + op->n_bytes <= disk->shape.file_bytes_max);

@@ -90,15 +90,18 @@ void winnow_queue_add_first(struct winnow_queue *queue, struct winnow_io_request
 static bool adjacent(const struct winnow_io_request *a, const struct winnow_io_request *b)
 {
     return a->kind == WINNOW_IO_READ && !a->alone && !b->alone && a->file_no == b->file_no &&
-           a->offset_bytes + a->n_bytes == b->offset_bytes && a->data + a->n_bytes == b->data;
+           a->offset_bytes + a->n_bytes == b->offset_bytes;
 }
 
 static struct winnow_io_request *list_take(struct winnow_queue_list *list, uint32_t n_bytes_max)
 {
     struct winnow_io_request *first = list->head, *last = first;
-    uint32_t n_bytes = first->n_bytes;
+    uint32_t n_bytes = first->n_bytes, n_parts = 1;
     while (last->next && adjacent(last, last->next) &&
            n_bytes + last->next->n_bytes <= n_bytes_max) {
+        n_parts += last->data + last->n_bytes != last->next->data;
+        if (n_parts > WINNOW_MERGE_PARTS_MAX)
+            break;
         last = last->next;
         n_bytes += last->n_bytes;
     }

@@ -6,6 +6,8 @@
 
 #include <storage/request.h>
 
+enum { WINNOW_MERGE_PARTS_MAX = 32 };
+
 struct winnow_queue_list {
     struct winnow_io_request *head, *tail;
 };
@@ -25,8 +27,8 @@ void winnow_queue_add(struct winnow_queue *queue, struct winnow_io_request *batc
 /* Takes one request that shall be read again, alone and before all of its priority. */
 void winnow_queue_add_first(struct winnow_queue *queue, struct winnow_io_request *request);
 
-/* The requests of the next operation, adjacent in file and memory, linked by `next`; NULL: none
- * may go. Counts the operation until winnow_queue_ended. */
+/* The requests of the next operation, adjacent in the file and in at most WINNOW_MERGE_PARTS_MAX
+ * pieces of memory, linked by `next`; NULL: none may go. Counts the operation until winnow_queue_ended. */
 struct winnow_io_request *winnow_queue_take(struct winnow_queue *queue, int64_t now_ns);
 void winnow_queue_ended(struct winnow_queue *queue, uint32_t priority);
 

@@ -96,7 +96,7 @@ struct winnow_store_read {
 };
 
 /* Asks for n blocks, all or none; -EAGAIN: more than n_requests_max would be outstanding. Blocks
- * adjacent on disk and in memory are merged. deadline_ns WINNOW_NEVER_NS: none. */
+ * adjacent on disk are merged, wherever they go in memory. deadline_ns WINNOW_NEVER_NS: none. */
 int winnow_store_read(struct winnow_store *store, const struct winnow_store_read *read, uint32_t n,
                       enum winnow_io_priority priority, int64_t deadline_ns);
 

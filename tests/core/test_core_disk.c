@@ -124,8 +124,8 @@ static void test_disk__flipped_byte_is_lost_then_mended(void)
     snprintf(path, sizeof path, "%s/data/00000000.dat", dir);
     int fd = open(path, O_RDWR);
     CHECK(fd >= 0);
-    for (off_t at = 0; at < 4 << 20;
-         at += 4096 * 16) { /* a block in sixteen of the first segments */
+    for (off_t at = 0; at < 2 << 20;
+         at += 4096 * 16) { /* a block in sixteen of the first segment */
         uint8_t byte;
         CHECK_EQ(pread(fd, &byte, 1, at + 5), 1);
         byte ^= 0x40;

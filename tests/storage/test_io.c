@@ -162,6 +162,40 @@ static void test_io__pages_round_trip(void)
     }
 }
 
+/* One read fills several places, inside the registered arena and outside, in their order; past the
+ * end of the file it is short. */
+static void test_io__read_into_parts(void)
+{
+    for (uint32_t m = first_method; m < N_METHODS; m++) {
+        struct rig rig;
+        rig_init(&rig, methods[m]);
+        uint8_t *outside = winnow_alloc_map(2 * PAGE_BYTES);
+        struct iovec part[3] = {{rig.arena + 8 * PAGE_BYTES, PAGE_BYTES},
+                                {outside, 2 * PAGE_BYTES},
+                                {rig.arena + 6 * PAGE_BYTES, PAGE_BYTES}};
+        for (uint32_t i = 0; i < 4; i++)
+            page_fill(rig.arena + i * PAGE_BYTES, i);
+        struct winnow_io_op op = {.kind = WINNOW_IO_WRITE,
+                                  .file_idx = rig.file_idx,
+                                  .offset_bytes = (1 << 20) - 4 * PAGE_BYTES,
+                                  .data = rig.arena,
+                                  .n_bytes = 4 * PAGE_BYTES};
+        ops_run(&rig, &op, 1);
+        op.kind = WINNOW_IO_READ;
+        op.data = NULL;
+        op.parts = part;
+        op.n_parts = 3;
+        ops_run(&rig, &op, 1);
+        CHECK(page_equal(part[0].iov_base, 0) && page_equal(outside, 1));
+        CHECK(page_equal(outside + PAGE_BYTES, 2) && page_equal(part[2].iov_base, 3));
+        op.offset_bytes += 2 * PAGE_BYTES;
+        CHECK_EQ(winnow_io_run(rig.method, rig.io, &op, WINNOW_NEVER_NS), 2 * PAGE_BYTES);
+        CHECK(page_equal(part[0].iov_base, 2) && page_equal(outside, 3));
+        winnow_alloc_unmap(outside, 2 * PAGE_BYTES);
+        rig_finish(&rig);
+    }
+}
+
 /* No more is taken than fits; what was refused can be submitted later. */
 static void test_io__submit_takes_what_fits(void)
 {
@@ -413,6 +447,7 @@ int main(int argc, char **argv)
     first_method = winnow_io_choose("io_uring", test_dir(), &method, &refuse_direct, remedy) < 0;
     TEST_RUN(test_io__flags_are_words);
     TEST_RUN(test_io__pages_round_trip);
+    TEST_RUN(test_io__read_into_parts);
     TEST_RUN(test_io__submit_takes_what_fits);
     TEST_RUN(test_io__read_past_the_end_is_short);
     TEST_RUN(test_io__wake_ends_a_wait);

@@ -92,7 +92,8 @@ static void segment_store(struct scenario *scenario, uint32_t segment)
     scenario->written[segment] = result == 0;
 }
 
-/* Reads a segment: its first blocks backwards in memory, so that none merges, the rest in order. */
+/* Reads a segment: its first blocks backwards in memory, each into a place of its own, the rest in
+ * order. */
 static void segment_read(struct scenario *scenario, uint32_t segment)
 {
     struct fixture *fixture = &scenario->fixture;

@@ -16,6 +16,7 @@
  */
 #pragma once
 
+#include <kernels/cpu/fragments_impl.h>
 #include <kernels/cpu/simd.h>
 
 enum { HEADS_TILE = 4 }; /* query heads that share a load of K or V */
@@ -221,21 +222,19 @@ static void attend_partial(const struct winnow_model_shape *shape, const float *
     size_t stride = shape->v_width + 2;
     float p[WINNOW_GQA_MAX][16] = {{0}}, m[16], l[16], ln[16], shrink[16];
     struct running running = {.m = v16_set1(-INFINITY), .l = v16_set1(0.0f)};
+    uint16_t rows[ROWS_MAX];
 
-    if (shape->block_layout == WINNOW_BLOCK_FRAGMENTS) {
-        winnow_kernels_ref()->attend_partial(shape, q, n, block, n_tokens, partial, ln_m);
-        return;
-    }
     memset(partial, 0, n_q * stride * sizeof(float));
     for (uint32_t b = 0; b < n; b++) {
         ptrdiff_t ahead = b + 1 < n ? (const char *)block[b + 1] - (const char *)block[b] : 0;
+        const void *at = block_in_rows(shape, block[b], rows);
         v16 by, ln_b;
-        block_logits(shape, q, block[b], ahead, n_tokens[b], p[0]);
+        block_logits(shape, q, at, ahead, n_tokens[b], p[0]);
         by = n_q <= 4 ? rows_absorb(4, p[0], &running, &ln_b)
                       : rows_absorb(16, p[0], &running, &ln_b);
         v16_store(shrink, by);
         v16_store(ln, ln_b);
-        block_values(shape, block[b], ahead, n_tokens[b], p[0], shrink, partial);
+        block_values(shape, at, ahead, n_tokens[b], p[0], shrink, partial);
         if (ln_m)
             memcpy(ln_m + b * n_q, ln, n_q * sizeof(float));
     }

@@ -115,14 +115,19 @@ SIMD void block_pack_as(uint32_t dtype, const struct winnow_model_shape *shape, 
 static void block_pack(const struct winnow_model_shape *shape, uint32_t first, uint32_t n,
                        const float *k, const float *v, void *block)
 {
-    if (shape->block_layout == WINNOW_BLOCK_FRAGMENTS)
-        winnow_kernels_ref()->block_pack(shape, first, n, k, v, block);
-    else if (shape->kv_dtype == WINNOW_FP16)
-        block_pack_as(WINNOW_FP16, shape, first, n, k, v, block);
+    bool fragments = shape->block_layout == WINNOW_BLOCK_FRAGMENTS;
+    uint16_t rows[ROWS_MAX];
+    void *at = fragments ? rows : block;
+    if (fragments)
+        fragments_to_rows(shape, block, rows);
+    if (shape->kv_dtype == WINNOW_FP16)
+        block_pack_as(WINNOW_FP16, shape, first, n, k, v, at);
     else if (shape->kv_dtype == WINNOW_BF16)
-        block_pack_as(WINNOW_BF16, shape, first, n, k, v, block);
+        block_pack_as(WINNOW_BF16, shape, first, n, k, v, at);
     else
-        block_pack_as(WINNOW_FP32, shape, first, n, k, v, block);
+        block_pack_as(WINNOW_FP32, shape, first, n, k, v, at);
+    if (fragments)
+        rows_to_fragments(shape, rows, block);
 }
 
 SIMD void block_unpack_as(uint32_t dtype, const struct winnow_model_shape *shape, const void *block,
@@ -144,9 +149,9 @@ SIMD void block_unpack_as(uint32_t dtype, const struct winnow_model_shape *shape
 static void block_unpack(const struct winnow_model_shape *shape, const void *block, float *k,
                          float *v)
 {
-    if (shape->block_layout == WINNOW_BLOCK_FRAGMENTS)
-        winnow_kernels_ref()->block_unpack(shape, block, k, v);
-    else if (shape->kv_dtype == WINNOW_FP16)
+    uint16_t rows[ROWS_MAX];
+    block = block_in_rows(shape, block, rows);
+    if (shape->kv_dtype == WINNOW_FP16)
         block_unpack_as(WINNOW_FP16, shape, block, k, v);
     else if (shape->kv_dtype == WINNOW_BF16)
         block_unpack_as(WINNOW_BF16, shape, block, k, v);

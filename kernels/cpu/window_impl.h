@@ -141,6 +141,8 @@ SIMD void block_widen_as(uint32_t dtype, const struct winnow_model_shape *shape,
 static void block_widen(const struct winnow_model_shape *shape, const void *block,
                         uint32_t n_tokens, const struct window_scratch *w, uint32_t b_idx)
 {
+    uint16_t rows[ROWS_MAX];
+    block = block_in_rows(shape, block, rows);
     if (shape->kv_dtype == WINNOW_FP16)
         block_widen_as(WINNOW_FP16, shape, block, n_tokens, w, b_idx);
     else if (shape->kv_dtype == WINNOW_BF16)
@@ -280,11 +282,6 @@ static void attend_window(const struct winnow_model_shape *shape, uint32_t n_pos
     uint32_t n_q = shape_n_q(shape);
     struct window_scratch w;
 
-    if (shape->block_layout == WINNOW_BLOCK_FRAGMENTS) {
-        winnow_kernels_ref()->attend_window(shape, n_pos, first, q, n, block, position, n_tokens,
-                                            partial, scratch);
-        return;
-    }
     window_scratch_init(&w, shape, scratch);
 
     for (uint32_t b = 0; b < n; b += WINNOW_GROUP_BLOCKS) {

@@ -220,9 +220,8 @@ static void test_merge(void)
     winnow_alloc_free(out);
 }
 
-/* Blocks in layout 2 give the bits that the same blocks give in layout 1 (the CPU's versions read
- * them by the reference's path: its bits), a part-filled one too, and go in and out of every
- * version alike. */
+/* Blocks in layout 2 give the bits that the same blocks give in layout 1, a part-filled one too, and
+ * go in and out of every version alike. */
 static void test_fragments(void)
 {
     enum { N_MAX = WINNOW_GQA_MAX * (WINNOW_WIDTH_MAX + 2), N = 3 };
@@ -230,7 +229,6 @@ static void test_fragments(void)
     static const uint32_t n_tokens[N] = {16, 16, 5};
     static const uint64_t position[N] = {UINT64_MAX, 64, 80};
     float a_m[N * WINNOW_GQA_MAX], b_m[N * WINNOW_GQA_MAX];
-    const struct winnow_kernels *of_layout_1 = version == cuda ? cuda : ref;
     struct winnow_model_shape shape = data.shape;
     uint8_t *copy = case_alloc(N * data.block_bytes);
     const void *block[N];
@@ -245,15 +243,15 @@ static void test_fragments(void)
         version->block_pack(&shape, 0, n_tokens[i], k, v, copy + i * data.block_bytes);
     }
     version->attend_partial(&shape, data.q, N, block, n_tokens, a, a_m);
-    of_layout_1->attend_partial(&data.shape, data.q, N, data.block, n_tokens, b, b_m);
+    version->attend_partial(&data.shape, data.q, N, data.block, n_tokens, b, b_m);
     CHECK(!memcmp(a, b, data.n_partial * sizeof(float)));
     CHECK(!memcmp(a_m, b_m, N * data.n_q * sizeof(float)));
 
     float *scratch = case_alloc(version->window_scratch_bytes(&shape, 2));
     float *window_a = window_partials(2), *window_b = window_partials(2);
     version->attend_window(&shape, 2, 82, data.q, N, block, position, n_tokens, window_a, scratch);
-    of_layout_1->attend_window(&data.shape, 2, 82, data.q, N, data.block, position, n_tokens,
-                               window_b, scratch);
+    version->attend_window(&data.shape, 2, 82, data.q, N, data.block, position, n_tokens, window_b,
+                           scratch);
     CHECK(!memcmp(window_a, window_b, 2 * data.n_partial * sizeof(float)));
 
     static float k_back[16 * WINNOW_WIDTH_MAX], v_back[16 * WINNOW_WIDTH_MAX];

@@ -51,6 +51,7 @@ enum { /* flags of an AttendItem on the wire */
 #define WINNOW_WIRE_KEY_REASON      "winnow-reason"          /* errno, decimal, positive */
 #define WINNOW_WIRE_KEY_TRUNCATE_TO "winnow-truncate-to-bin" /* u64, little-endian */
 #define WINNOW_WIRE_KEY_HELD        "winnow-held-bin"        /* u64: tokens the layer holds */
+#define WINNOW_WIRE_KEY_RETRY       "winnow-retry-after-ms"  /* decimal; with RESOURCE_EXHAUSTED */
 
 struct winnow_wire_slice {
     const void *data;

@@ -18,6 +18,9 @@
 #include <stdio.h>
 #include <string.h>
 
+/* Room comes back when a session ends, at most this long after its client. */
+#define RETRY_AFTER_MS "100"
+
 static void call_post(struct winnow_rpc *rpc, struct winnow_rpc_call *call)
 {
     memset(call, 0, sizeof *call);
@@ -184,8 +187,11 @@ static void call_finish(struct winnow_rpc_call *call, const struct last_words *w
             grpc_slice_from_copied_buffer((const char *)&words->truncate_to, 8);
         call->trailer[2].key = grpc_slice_from_static_string(WINNOW_WIRE_KEY_HELD);
         call->trailer[2].value = grpc_slice_from_copied_buffer((const char *)&words->n_held, 8);
+        call->trailer[3].key = grpc_slice_from_static_string(WINNOW_WIRE_KEY_RETRY);
+        call->trailer[3].value = grpc_slice_from_static_string(RETRY_AFTER_MS);
+        bool is_full = winnow_error_code(words->error) == WINNOW_CODE_RESOURCE_EXHAUSTED;
         status->data.send_status_from_server.trailing_metadata = call->trailer;
-        status->data.send_status_from_server.trailing_metadata_count = 3;
+        status->data.send_status_from_server.trailing_metadata_count = is_full ? 4 : 3;
     }
     call_start(call, op, n_ops, WINNOW_TAG_STATUS);
     call_close(call);

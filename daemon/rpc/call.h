@@ -142,7 +142,7 @@ struct winnow_rpc_call {
     grpc_byte_buffer *received, *sending;
     enum winnow_rpc_tag_kind sending_kind; /* of the batch that sends it */
     int was_cancelled;
-    grpc_metadata trailer[3];
+    grpc_metadata trailer[4];
     grpc_slice status_text;
     int64_t deadline_ns; /* the caller's; WINNOW_NEVER_NS: none */
     int64_t timer_ns;    /* when `timeout` runs */

@@ -52,6 +52,10 @@ enum { CLI_N_WARNINGS_MAX = 12 };
 uint32_t cli_stats_warn(const Winnow__V1__StatsReply *stats,
                         struct cli_warning warning[CLI_N_WARNINGS_MAX]);
 
+/* A window of a small session of our own, as an engine sends it, against plain attention; the
+ * largest relative error. 0, -EPROTO: it is wrong, or the call's -errno with the thread's text. */
+int cli_probe(const char *path, double *ret_error);
+
 /* "27.1 GiB": at most 4 significant places, binary units. text holds 16 bytes. */
 const char *cli_bytes(uint64_t n_bytes, char text[16]);
 /* "3 d 4 h", "12 min", "40 s". */

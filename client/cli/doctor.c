@@ -232,6 +232,21 @@ static void check_socket(struct doctor *doctor, const struct winnow_link *link)
               info.st_mode & 07777U, uid);
 }
 
+/* Attention as an engine would ask for it. A daemon that is full says so: no fault. */
+static void check_attach(struct doctor *doctor, const struct winnow_link *link)
+{
+    double error;
+    int rc = cli_probe(link->path, &error);
+    if (!rc)
+        found(doctor, LEVEL_OK, "attach", "", "32 tokens attended, error %.1e", error);
+    else if (rc == -EPROTO)
+        found(doctor, LEVEL_FAIL, "attach", "winnowd --kernels ref, and please report it",
+              "attention is wrong by %.1e", error);
+    else
+        found(doctor, rc == -EDQUOT || rc == -ENOSPC ? LEVEL_WARN : LEVEL_FAIL, "attach", "", "%s",
+              winnow_error_text());
+}
+
 /* ---- */
 
 static int look(struct doctor *doctor, struct winnow_link *link, struct cli_stats *stats)
@@ -248,6 +263,7 @@ static int look(struct doctor *doctor, struct winnow_link *link, struct cli_stat
     check_memlock(doctor);
     check_io(doctor);
     check_disk(doctor);
+    check_attach(doctor, link);
     return 0;
 }
 

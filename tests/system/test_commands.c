@@ -107,6 +107,7 @@ static void test_winnow__exit_status_and_output(void)
         {{"version", "--json"}, 0, "\"winnowd\": \"0.1.0\""},
         {{"doctor"}, 0, "ok   versions"},
         {{"doctor", "--json"}, 0, "\"check\": \"memory\", \"level\": \"ok\""},
+        {{"doctor", "--json"}, 0, "\"check\": \"attach\", \"level\": \"ok\""},
         {{"stat"}, 64, "no command \"stat\""},
         {{"status", "--bars"}, 64, "unrecognized argument \"--bars\""},
     };

@@ -51,6 +51,34 @@ static void deny_streams(struct raw *raw, uint64_t session, const char *text)
     CHECK_STR(reply->results[0]->text, text);
 }
 
+/* What is tried below; a request that names a session and is not here fails the test. */
+static const char *const denied[] = {"Truncate", "Fork",   "Stats",      "Close",
+                                     "Append",   "Attend", "AttendExact"};
+
+static bool names_session(const ProtobufCMessageDescriptor *type)
+{
+    for (uint32_t i = 0; i < type->n_fields; i++)
+        if (!strcmp(type->fields[i].name, "session") ||
+            (type->fields[i].type == PROTOBUF_C_TYPE_MESSAGE &&
+             names_session(type->fields[i].descriptor)))
+            return true;
+    return false;
+}
+
+static void denied_check_all(void)
+{
+    uint32_t n_found = 0;
+    for (uint32_t i = 0; i < winnow__v1__winnow__descriptor.n_methods; i++) {
+        const ProtobufCMethodDescriptor *method = &winnow__v1__winnow__descriptor.methods[i];
+        bool is_listed = false;
+        for (uint32_t j = 0; j < sizeof denied / sizeof *denied; j++)
+            is_listed |= !strcmp(method->name, denied[j]);
+        CHECK_EQ(is_listed, names_session(method->input));
+        n_found += is_listed;
+    }
+    CHECK_EQ(n_found, sizeof denied / sizeof *denied);
+}
+
 /* Another client's session, a made-up one, one closed, and one under a made-up token are denied in
  * the same words: nobody learns which ids exist. */
 static void test_denied__foreign_handles_all_look_alike(void)
@@ -62,7 +90,12 @@ static void test_denied__foreign_handles_all_look_alike(void)
     CHECK_EQ(raw_open_session(&mine, &shape, NULL, "mine").error, 0);
     CHECK_EQ(raw_open_session(&other, &shape, NULL, "other").error, 0);
 
-    uint64_t ids[] = {mine.session, 0, 1, mine.session + 1, UINT64_MAX, other.session};
+    struct raw ended; /* its lease goes while its session is still there, or has gone */
+    raw_open(&ended, daemon_all.socket);
+    CHECK_EQ(raw_open_session(&ended, &shape, NULL, "ended").error, 0);
+    raw_close(&ended);
+    uint64_t ids[] = {mine.session, 0, 1, mine.session + 1, UINT64_MAX, other.session,
+                      ended.session};
     char text[WINNOW_STATUS_TEXT_BYTES] = "";
     Winnow__V1__CloseRequest close_request = WINNOW__V1__CLOSE_REQUEST__INIT;
     close_request.token = raw_token(&other);
@@ -100,6 +133,8 @@ static void test_denied__foreign_handles_all_look_alike(void)
     struct winnow_status status = raw_call(&other, "Truncate", &forged);
     CHECK_EQ(status.error, -ENOENT);
     CHECK_STR(status.text, text);
+    denied_check_all();
+    TEST_ROW(F16, sizeof ids / sizeof *ids * (sizeof denied / sizeof *denied));
     raw_close(&mine);
     raw_close(&other);
 }

@@ -1,4 +1,5 @@
 /* Order over the wire: epochs, repeats, deadlines. Peers send what libwinnow never would. */
+#include <base/clock.h>
 #include <errno.h>
 #include <signal.h>
 #include <system/daemon.h>
@@ -158,6 +159,50 @@ static void test_order__a_deadline_that_is_over(void)
     raw_close(&raw);
 }
 
+/* Sends a header and then nothing; how the daemon ends it. */
+static struct winnow_status silent_upload(struct raw *raw, const char *method, const void *header)
+{
+    struct winnow_call *call;
+    struct winnow_status status;
+    uint8_t head[256];
+    struct iovec part = {head, winnow_wire_head(header, 0, head)};
+    int64_t until_ns = winnow_clock_now_ns() + 9 * WINNOW_NS_PER_S;
+    CHECK_EQ(winnow_call_open(raw->channel, method, WINNOW_NEVER_NS, &call), 0);
+    CHECK_EQ(winnow_call_start(call, WINNOW_CALL_SEND, &part, 1), 0);
+    CHECK_EQ(winnow_call_wait(call, until_ns, NULL, NULL), 0);
+    winnow_call_finish(call, until_ns, &status);
+    return status;
+}
+
+/* An upload whose peer falls silent ends by the deadline it named, is told how far it came, and has
+ * appended nothing; the memory it held is the next one's. */
+static void test_order__a_silent_upload_is_cut_off(void)
+{
+    struct raw raw;
+    session_begin(&raw);
+    for (uint32_t i = 0; i < 12; i++) { /* 8 MiB in flight, and each takes 1 MiB or more */
+        Winnow__V1__AttendExactMessage exact = WINNOW__V1__ATTEND_EXACT_MESSAGE__INIT;
+        exact.token = raw_token(&raw);
+        exact.session = raw.session;
+        exact.epoch = raw.epoch;
+        exact.n_tokens = 512;
+        exact.deadline_us = 20000;
+        struct winnow_status status = silent_upload(&raw, "AttendExact", &exact);
+        CHECK(!status.local);
+        CHECK_EQ(status.error, -ETIMEDOUT);
+        CHECK(strstr(status.text, "stalled after 0 tokens"));
+    }
+    Winnow__V1__AppendMessage append = WINNOW__V1__APPEND_MESSAGE__INIT;
+    append.token = raw_token(&raw);
+    append.session = raw.session;
+    append.epoch = raw.epoch;
+    append.deadline_us = 20000;
+    struct winnow_status status = silent_upload(&raw, "Append", &append);
+    CHECK_EQ(status.error, -ETIMEDOUT);
+    CHECK_EQ(append_one(&raw, 0, 0, raw.epoch), 0);
+    raw_close(&raw);
+}
+
 int main(int argc, char **argv)
 {
     TEST_INIT(argc, argv);
@@ -166,6 +211,7 @@ int main(int argc, char **argv)
     TEST_RUN(test_order__old_epochs_are_stale);
     TEST_RUN(test_order__a_repeated_step_appends_once);
     TEST_RUN(test_order__a_deadline_that_is_over);
+    TEST_RUN(test_order__a_silent_upload_is_cut_off);
     CHECK_EQ(daemon_stop(&server, SIGTERM), 0);
     daemon_remove(&server);
     return TEST_END();

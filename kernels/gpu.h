@@ -103,9 +103,9 @@ struct winnow_gpu_api {
     int (*probe)(uint32_t device_ordinal, char text[256]);
     /* 0, or -EINVAL, -EOVERFLOW with a line in text. Touches no device. */
     int (*sizes)(const struct winnow_gpu_options *, struct winnow_gpu_sizes *, char text[256]);
-    /* Reserves memory_bytes of the device and registers the host arena, whose pages kernels read
-     * from here on: it stays mapped until close. Waits. 0; -ENODEV, -ENOTSUP, -ENOMEM (what was
-     * short in text), -EIO. */
+    /* Reserves memory_bytes of the device and registers the host arena (a page, 4,096 bytes, is its
+     * unit; at most 8 TiB), whose pages kernels read from here on: it stays mapped until close.
+     * Waits. 0; -EINVAL, -ENODEV, -ENOTSUP, -ENOMEM (what was short in text), -EIO. */
     int (*open)(uint32_t device_ordinal, uint64_t memory_bytes, void *host_arena,
                 uint64_t host_arena_bytes, struct winnow_gpu_device **ret_device, char text[256]);
     void (*close)(struct winnow_gpu_device *); /* its gpus are destroyed. NULL is fine */
@@ -118,19 +118,21 @@ struct winnow_gpu_api {
 
     /* Index of one layer of a segment slot, from views [n_kv_heads] in kernels.h's layout, and the
      * homes [n_kv_heads][S / 16] of its blocks; what the cache held of it is dropped. Waits for
-     * the copy of the arguments only; later launches see it. 0 or -EIO. */
+     * the copy of the arguments only; later launches see it. 0; -EINVAL (an index out of range,
+     * a home beyond the arena: nothing done), -EIO. So are the errors of the next four. */
     int (*segment_put)(struct winnow_gpu *, uint32_t segment_slot, uint32_t layer,
                        const struct winnow_index_view *views, const uint32_t *homes);
-    /* New home of n blocks of one layer: between launches. 0 or -EIO. */
+    /* New home of n blocks of one layer, for later launches. */
     int (*homes_set)(struct winnow_gpu *, uint32_t segment_slot, uint32_t layer, uint32_t n,
                      const uint32_t *block_idx /* head x S/16 + block */, const uint32_t *home);
-    /* The cache forgets a segment whose slot is to be used anew. 0 or -EIO. */
+    /* The cache forgets a segment whose slot is to be used anew. */
     int (*segment_drop)(struct winnow_gpu *, uint32_t segment_slot);
-    /* Segment slots of a session's context, in order. 0 or -EIO. */
+    /* Segment slots of a session's context, in order. */
     int (*session_set)(struct winnow_gpu *, uint32_t session, uint32_t n_segments,
                        const uint32_t *segment_slots);
     /* n blocks (layout 2) of the sinks and tail of one layer: block numbers [n] of the context
-     * (position / 16), data [n][n_kv_heads] pointers to host memory. 0 or -EIO. */
+     * (position / 16), data [n][n_kv_heads] pointers to host memory. A tail of S + 512 tokens has
+     * room; a later block takes the place of one that far before. */
     int (*tail_put)(struct winnow_gpu *, uint32_t session, uint32_t layer, uint32_t n,
                     const uint32_t *block_number, const void *const *data);
 
@@ -143,7 +145,8 @@ struct winnow_gpu_api {
     int (*poll)(struct winnow_gpu *, int64_t ticket, bool wait);
 
     int (*counters)(struct winnow_gpu *, uint32_t layer, struct winnow_gpu_counters *); /* waits */
-    /* The plain entries of kernels.h over host memory, each a launch that waits: tests, oracles. */
+    /* The plain entries of kernels.h over host memory, each a launch that waits: tests, oracles. An
+     * error of CUDA in one of them ends the program. */
     const struct winnow_kernels *(*kernels)(void);
 };
 

@@ -1,0 +1,29 @@
+/* Small kernels around a launch: what the host tells the device between launches, and what the
+ * device tells the host at the end of one. Errors: a cudaError_t, 0 is success. */
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <kernels/cuda/view.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct winnow_gpu_home { /* a block of a unit's KV heads: head x span_blocks + block */
+    uint32_t block, home;
+};
+
+/* Slots of layers [layer, layer + n_layers) that hold blocks of a segment are free. */
+cudaError_t winnow_gpu_slots_drop(const struct winnow_gpu_view *, uint32_t segment_slot,
+                                  uint32_t layer, uint32_t n_layers, cudaStream_t);
+/* pairs [n]: memory that the device sees. */
+cudaError_t winnow_gpu_homes_write(const struct winnow_gpu_view *, uint32_t segment_slot,
+                                   uint32_t layer, uint32_t n, const struct winnow_gpu_home *pairs,
+                                   cudaStream_t);
+/* Stores the launch's stamp to *done (pinned) once all before it in the stream is complete. */
+cudaError_t winnow_gpu_done_write(const struct winnow_gpu_view *, volatile uint32_t *done,
+                                  cudaStream_t);
+
+#ifdef __cplusplus
+}
+#endif

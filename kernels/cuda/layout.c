@@ -1,0 +1,251 @@
+/*
+ * The layout of a gpu's memory, computed from its options; sizes are those of view.h.
+ *
+ * Arithmetic saturates, so that a size too large is seen once, at the end.
+ */
+#include <errno.h>
+#include <kernels/cuda/index_pack.h>
+#include <kernels/cuda/layout.h>
+#include <stdio.h>
+#include <string.h>
+
+enum { ALIGNMENT = 256, SEGMENT_TOKENS_MAX = 16384 };
+
+static uint64_t times(uint64_t a, uint64_t b)
+{
+    uint64_t product;
+    return __builtin_mul_overflow(a, b, &product) ? UINT64_MAX : product;
+}
+
+static uint64_t plus(uint64_t a, uint64_t b)
+{
+    uint64_t sum;
+    return __builtin_add_overflow(a, b, &sum) ? UINT64_MAX : sum;
+}
+
+static uint64_t aligned(uint64_t n_bytes)
+{
+    return plus(n_bytes, ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+}
+
+static int refuse(char text[256], const char *name, uint64_t value, const char *needed)
+{
+    snprintf(text, 256, "%s %llu: %s is needed", name, (unsigned long long)value, needed);
+    return -EINVAL;
+}
+
+static int check_options(const struct winnow_gpu_options *o, char text[256])
+{
+    if (winnow_model_shape_check(&o->shape, text) < 0)
+        return -EINVAL;
+    if (o->shape.kv_dtype == WINNOW_FP32)
+        return refuse(text, "kv_dtype", o->shape.kv_dtype, "bf16 (1) or fp16 (2)");
+    if (o->shape.block_layout != WINNOW_BLOCK_FRAGMENTS)
+        return refuse(text, "block_layout", o->shape.block_layout, "2, of fragments,");
+    if (o->segment_tokens == 0 || o->segment_tokens % 128 || o->segment_tokens > SEGMENT_TOKENS_MAX)
+        return refuse(text, "segment_tokens", o->segment_tokens, "a multiple of 128 up to 16384");
+    if (o->n_sinks % 16 || o->n_sinks > 64)
+        return refuse(text, "n_sinks", o->n_sinks, "0, 16, 32, 48 or 64");
+    if (o->n_segments_max == 0)
+        return refuse(text, "n_segments_max", 0, "at least 1");
+    if (o->n_sessions_max == 0)
+        return refuse(text, "n_sessions_max", 0, "at least 1");
+    if (o->n_session_segments_max == 0)
+        return refuse(text, "n_session_segments_max", 0, "at least 1");
+    if (o->n_items_max == 0 || o->n_items_max > WINNOW_GPU_ITEMS_MAX)
+        return refuse(text, "n_items_max", o->n_items_max, "1 to 256");
+    if (o->n_launch_blocks_max == 0)
+        return refuse(text, "n_launch_blocks_max", 0, "at least 1");
+    return 0;
+}
+
+/* Numbers that kernels hold in 32 bits. */
+static int check_ranges(const struct winnow_gpu_options *o, char text[256])
+{
+    uint64_t n_heads = times(o->shape.n_layers, o->shape.n_kv_heads);
+    uint64_t n_ids = times(times(o->n_segments_max, n_heads), o->segment_tokens / 16);
+
+    if (n_ids >= UINT32_MAX) {
+        snprintf(text, 256, "n_segments_max %u: %llu blocks, at most 2^32 - 2 can be numbered",
+                 o->n_segments_max, (unsigned long long)n_ids);
+        return -EOVERFLOW;
+    }
+    if (times(o->n_launch_blocks_max, o->shape.n_kv_heads) >= UINT32_C(1) << 31) {
+        snprintf(text, 256, "n_launch_blocks_max %llu: above 2^31 over %u KV heads",
+                 (unsigned long long)o->n_launch_blocks_max, o->shape.n_kv_heads);
+        return -EOVERFLOW;
+    }
+    if (o->n_slots >= UINT32_C(1) << 31) {
+        snprintf(text, 256, "n_slots %u: above 2^31", o->n_slots);
+        return -EOVERFLOW;
+    }
+    return 0;
+}
+
+static struct winnow_gpu_view view_of(const struct winnow_gpu_options *o)
+{
+    const struct winnow_model_shape *shape = &o->shape;
+    struct winnow_gpu_view view = {
+        .n_layers = shape->n_layers,
+        .n_q_heads = shape->n_q_heads,
+        .n_kv_heads = shape->n_kv_heads,
+        .n_group = shape->n_q_heads / shape->n_kv_heads,
+        .k_width = shape->k_width,
+        .v_width = shape->v_width,
+        .kv_dtype = shape->kv_dtype,
+        .io_dtype = shape->io_dtype,
+        .softmax_scale = shape->softmax_scale,
+        .span_blocks = o->segment_tokens / WINNOW_BLOCK_TOKENS,
+        .n_sink_blocks = o->n_sinks / WINNOW_BLOCK_TOKENS,
+        .ring_blocks = o->segment_tokens / WINNOW_BLOCK_TOKENS + WINNOW_GPU_RING_SLACK_BLOCKS,
+        .block_bytes = winnow_block_bytes(shape),
+        .n_slots_layer = o->n_slots / shape->n_layers,
+        .n_session_segments_max = o->n_session_segments_max,
+        .n_fetchers = o->n_fetchers ? o->n_fetchers : 32,
+    };
+
+    winnow_gpu_index_layout(&view);
+    return view;
+}
+
+uint32_t winnow_gpu_layout_partials(const struct winnow_gpu_view *view, uint32_t n_blocks)
+{
+    uint32_t n_tail = (view->n_sink_blocks + view->ring_blocks + 7) / WINNOW_GROUP_BLOCKS;
+    uint32_t n_chunks = (n_blocks + WINNOW_GPU_CHUNK_BLOCKS - 1) / WINNOW_GPU_CHUNK_BLOCKS;
+
+    /* two rounds may each end with a group that is not full */
+    return n_tail + n_blocks / WINNOW_GROUP_BLOCKS + 2 + (n_chunks > 0 ? n_chunks : 1);
+}
+
+static void area_add(struct winnow_gpu_layout *layout, void *pointer, uint64_t n_bytes,
+                     uint64_t *of)
+{
+    n_bytes = aligned(n_bytes);
+    layout->area[layout->n_areas++] = (struct winnow_gpu_area){(void **)pointer, n_bytes, of};
+    layout->n_bytes = plus(layout->n_bytes, n_bytes);
+    *of = plus(*of, n_bytes);
+}
+
+static void resident_areas(struct winnow_gpu_layout *layout, const struct winnow_gpu_options *o)
+{
+    struct winnow_gpu_view *view = &layout->view;
+    struct winnow_gpu_sizes *sizes = &layout->sizes;
+    uint64_t n_heads = times(view->n_layers, view->n_kv_heads);
+    uint64_t n_slots = (uint64_t)view->n_slots_layer * view->n_layers;
+
+    view->segment_bytes = times(n_heads, view->unit_bytes);
+    view->session_bytes =
+        times(n_heads, times(view->n_sink_blocks + view->ring_blocks, view->block_bytes));
+    sizes->segment_bytes = view->segment_bytes;
+    sizes->session_bytes = view->session_bytes;
+    area_add(layout, &view->index, times(o->n_segments_max, view->segment_bytes),
+             &sizes->index_bytes);
+    area_add(layout, &view->tails, times(o->n_sessions_max, view->session_bytes),
+             &sizes->tail_bytes);
+    area_add(layout, &view->slots, times(n_slots, view->block_bytes), &sizes->cache_bytes);
+    area_add(layout, &view->slot_word, times(n_slots, sizeof *view->slot_word),
+             &sizes->cache_bytes);
+    area_add(layout, &view->hand, view->n_layers * sizeof *view->hand, &sizes->other_bytes);
+    area_add(layout, &view->counters, view->n_layers * sizeof *view->counters, &sizes->other_bytes);
+    area_add(
+        layout, &view->session_segments,
+        times(times(o->n_sessions_max, o->n_session_segments_max), sizeof *view->session_segments),
+        &sizes->other_bytes);
+}
+
+static void launch_areas(struct winnow_gpu_layout *layout, const struct winnow_gpu_options *o)
+{
+    struct winnow_gpu_view *view = &layout->view;
+    uint64_t *of = &layout->sizes.scratch_bytes, n = layout->n_blocks_max;
+    uint64_t n_units = (uint64_t)o->n_items_max * view->n_kv_heads;
+    /* of an item without blocks, and what blocks add to it; each unit may round up */
+    uint64_t n_partials = plus(times(n_units, winnow_gpu_layout_partials(view, 0) + 1),
+                               n / WINNOW_GROUP_BLOCKS + n / WINNOW_GPU_CHUNK_BLOCKS);
+    uint64_t partial_floats = view->n_group * (view->v_width + 2);
+
+    area_add(layout, &view->launch, sizeof *view->launch, of);
+    area_add(layout, &layout->in, times(o->n_items_max, layout->in_bytes), of);
+    area_add(layout, &view->q_fragment,
+             times(n_units, winnow_gpu_q_fragment_words(view) * sizeof *view->q_fragment), of);
+    area_add(layout, &view->unit, times(n_units, sizeof *view->unit), of);
+    area_add(layout, &view->queue, 2 * sizeof *view->queue, of);
+    area_add(layout, &view->ln_e, times(n, view->n_group * sizeof *view->ln_e), of);
+    area_add(layout, &view->ln_m, times(n, view->n_group * sizeof *view->ln_m), of);
+    area_add(layout, &view->key, times(n, sizeof *view->key), of);
+    area_add(layout, &view->selected, n, of);
+    area_add(layout, &view->listed, times(n, sizeof *view->listed), of);
+    area_add(layout, &view->fetch, times(n, sizeof *view->fetch), of);
+    area_add(layout, &view->ready, times(n_partials, sizeof *view->ready), of);
+    area_add(layout, &view->waiting, times(n_partials, sizeof *view->waiting), of);
+    area_add(layout, &view->partial, times(n_partials, partial_floats * sizeof *view->partial), of);
+}
+
+static void item_layout(struct winnow_gpu_layout *layout)
+{
+    const struct winnow_gpu_view *view = &layout->view;
+    uint64_t element_bytes = view->io_dtype == WINNOW_FP32 ? 4 : 2;
+    uint64_t q_bytes = aligned(times(view->n_q_heads, view->k_width * element_bytes));
+    uint64_t k_bytes = aligned(times(view->n_kv_heads, view->k_width * element_bytes));
+    uint64_t v_bytes = aligned(times(view->n_kv_heads, view->v_width * element_bytes));
+
+    layout->k_at = q_bytes;
+    layout->v_at = plus(q_bytes, k_bytes);
+    layout->in_bytes = plus(layout->v_at, v_bytes);
+    layout->lse_at = aligned(times(view->n_q_heads, view->v_width * element_bytes));
+    layout->certificate_at = plus(layout->lse_at, aligned(view->n_q_heads * sizeof(float)));
+    layout->out_bytes =
+        plus(layout->certificate_at, aligned(sizeof(struct winnow_gpu_certificate)));
+}
+
+int winnow_gpu_layout_init(struct winnow_gpu_layout *layout,
+                           const struct winnow_gpu_options *options, char text[256])
+{
+    int rc = check_options(options, text);
+
+    *layout = (struct winnow_gpu_layout){0};
+    if (rc == 0)
+        rc = check_ranges(options, text);
+    if (rc < 0)
+        return rc;
+    layout->view = view_of(options);
+    layout->n_blocks_max = options->n_launch_blocks_max * options->shape.n_kv_heads;
+    item_layout(layout);
+    resident_areas(layout, options);
+    launch_areas(layout, options);
+    if (layout->n_bytes > UINT64_C(1) << 48) {
+        snprintf(text, 256,
+                 "n_segments_max %u, n_sessions_max %u, n_slots %u: together above "
+                 "256 TiB",
+                 options->n_segments_max, options->n_sessions_max, options->n_slots);
+        return -EOVERFLOW;
+    }
+    return 0;
+}
+
+void winnow_gpu_layout_place(struct winnow_gpu_layout *layout, uint8_t *memory)
+{
+    for (uint32_t i = 0; i < layout->n_areas; i++) {
+        *layout->area[i].pointer = memory;
+        memory += layout->area[i].n_bytes;
+    }
+}
+
+int winnow_gpu_sizes(const struct winnow_gpu_options *options, struct winnow_gpu_sizes *sizes,
+                     char text[256])
+{
+    struct winnow_gpu_layout layout;
+    int rc = winnow_gpu_layout_init(&layout, options, text);
+
+    if (rc < 0)
+        return rc;
+    *sizes = layout.sizes;
+    const double mib = 0x1p-20;
+    snprintf(text, 256,
+             "index %u segments x %.2f MiB, cache %u slots x %u bytes, tails %u sessions x %.2f "
+             "MiB, launch %.2f MiB, tables %.2f MiB: %.2f GiB",
+             options->n_segments_max, (double)sizes->segment_bytes * mib, options->n_slots,
+             layout.view.block_bytes, options->n_sessions_max, (double)sizes->session_bytes * mib,
+             (double)sizes->scratch_bytes * mib, (double)sizes->other_bytes * mib,
+             (double)layout.n_bytes * 0x1p-30);
+    return 0;
+}

@@ -1,0 +1,47 @@
+/* What a gpu reserves and where it lies. Needs no device. */
+#pragma once
+
+#include <kernels/cuda/view.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum {
+    WINNOW_GPU_RING_SLACK_BLOCKS = 32, /* of a tail beyond one segment: what is being sealed */
+    WINNOW_GPU_AREAS_MAX = 32,
+};
+
+/* Bytes that belong to a pointer of the view. */
+struct winnow_gpu_area {
+    void **pointer;
+    uint64_t n_bytes;
+    uint64_t *of; /* where it is counted */
+};
+
+struct winnow_gpu_layout {
+    struct winnow_gpu_view view; /* its pointers are set by winnow_gpu_layout_place */
+    struct winnow_gpu_sizes sizes;
+    uint64_t n_bytes, n_blocks_max; /* blocks of a launch, all KV heads */
+    /* A launch's q, k, v of one item, its out, lse and certificate: bytes, and where each lies. */
+    uint64_t in_bytes, k_at, v_at, out_bytes, lse_at, certificate_at;
+    void *in; /* device memory for the q, k, v of n_items_max */
+    struct winnow_gpu_area area[WINNOW_GPU_AREAS_MAX];
+    uint32_t n_areas;
+};
+
+/* 0, or -EINVAL, -EOVERFLOW with a line in text. */
+int winnow_gpu_layout_init(struct winnow_gpu_layout *layout,
+                           const struct winnow_gpu_options *options, char text[256]);
+/* Sets the view's pointers into memory [n_bytes], aligned to 256. */
+void winnow_gpu_layout_place(struct winnow_gpu_layout *layout, uint8_t *memory);
+
+/* The most partials that a KV head of an item may make. */
+uint32_t winnow_gpu_layout_partials(const struct winnow_gpu_view *view, uint32_t n_blocks);
+
+int winnow_gpu_sizes(const struct winnow_gpu_options *options, struct winnow_gpu_sizes *sizes,
+                     char text[256]);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,62 @@
+/* A gpu: one model's part of a device. Contract of each function: gpu.h. */
+#pragma once
+
+#include <kernels/cuda/device.h>
+#include <kernels/cuda/layout.h>
+
+enum {
+    WINNOW_GPU_LAUNCHES_MAX = 2, /* out at once */
+    WINNOW_GPU_BUCKETS = 9,      /* of 1, 2, 4 .. 256 items */
+};
+
+/* Of one launch, until it was polled: pinned memory that the kernels read and write. */
+struct winnow_gpu_flight {
+    struct winnow_gpu_launch *launch;                  /* with addresses that the device sees */
+    struct winnow_gpu_item item[WINNOW_GPU_ITEMS_MAX]; /* as given */
+    uint32_t n_items;
+    uint8_t *in, *out;    /* [n_items_max] of the layout's in_bytes, out_bytes */
+    uint32_t *disk_block; /* [n_blocks_max] */
+    cudaEvent_t event;
+};
+
+/* Pinned memory on its way to the device. */
+struct winnow_gpu_staging {
+    uint8_t *memory;
+    cudaEvent_t event; /* of the last copy out of it */
+};
+
+struct winnow_gpu {
+    struct winnow_gpu_device *device;
+    struct winnow_gpu_options options;
+    struct winnow_gpu_layout layout;
+    uint8_t *memory; /* the device's */
+    cudaStream_t stream;
+    cudaGraphExec_t graph[WINNOW_GPU_BUCKETS];
+    struct winnow_gpu_flight flight[WINNOW_GPU_LAUNCHES_MAX];
+    volatile uint32_t *done;     /* pinned: stamp of the last complete launch */
+    int64_t n_launched, n_taken; /* tickets given out; launches whose results were copied out */
+    struct winnow_gpu_staging staging[2];
+    uint64_t staging_bytes;
+    uint32_t staging_idx;
+    uint32_t *n_session_segments; /* [n_sessions_max] as session_set said */
+};
+
+int winnow_gpu_create(struct winnow_gpu_device *device, const struct winnow_gpu_options *options,
+                      struct winnow_gpu **ret_gpu, char text[256]);
+void winnow_gpu_destroy(struct winnow_gpu *gpu);
+
+int winnow_gpu_segment_put(struct winnow_gpu *gpu, uint32_t segment_slot, uint32_t layer,
+                           const struct winnow_index_view *views, const uint32_t *homes);
+int winnow_gpu_homes_set(struct winnow_gpu *gpu, uint32_t segment_slot, uint32_t layer, uint32_t n,
+                         const uint32_t *block_idx, const uint32_t *home);
+int winnow_gpu_segment_drop(struct winnow_gpu *gpu, uint32_t segment_slot);
+int winnow_gpu_session_set(struct winnow_gpu *gpu, uint32_t session, uint32_t n_segments,
+                           const uint32_t *segment_slots);
+int winnow_gpu_tail_put(struct winnow_gpu *gpu, uint32_t session, uint32_t layer, uint32_t n,
+                        const uint32_t *block_number, const void *const *data);
+int winnow_gpu_counters(struct winnow_gpu *gpu, uint32_t layer,
+                        struct winnow_gpu_counters *counters);
+
+int64_t winnow_gpu_decode(struct winnow_gpu *gpu, uint32_t n_items,
+                          const struct winnow_gpu_item *items);
+int winnow_gpu_poll(struct winnow_gpu *gpu, int64_t ticket, bool wait);

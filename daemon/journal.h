@@ -5,7 +5,8 @@
  *   disk_stuck, disk_back, disk_readonly      when the store's state changes
  *   io_slow     the disk's p99 of ten seconds is above 50 ms
  *
- * An idle daemon is silent. Times are passed in; who calls also asks for what is due. Thread: serving.
+ * An idle daemon is silent. Times are passed in; who calls also asks for what is due.
+ * Thread: serving.
  */
 #pragma once
 
@@ -46,6 +47,6 @@ double winnow_journal_tokens_per_s(const struct winnow_journal *journal);
 
 /* True once an hour has passed: the caller then gets stats and calls winnow_journal_hour. */
 bool winnow_journal_hour_ends(struct winnow_journal *journal, int64_t now_ns);
-/* The hour's line, without its event's name. False: nothing was asked for, nothing is to be said. */
+/* The hour's line, without its event's name. False: nothing was asked for, there is none. */
 bool winnow_journal_hour(struct winnow_journal *journal, const struct winnow_core_stats *stats,
                          char text[192]);

@@ -1,10 +1,10 @@
 // What counts is the difficulty. A deadline belongs to the caller, and one who gives the disk 1 ms
-// says nothing about it: only an operation that the disk has had for half a second, four times what a
-// full window of 1 MiB takes at 1 GB/s, is the disk's own failure. Counted are operations, not blocks: a
-// merged read of 64 blocks is one answer that did not come.
+// says nothing about it: only an operation that the disk has had for half a second, four times what
+// a full window of 1 MiB takes at 1 GB/s, is the disk's own failure. Counted are operations, not
+// blocks: a merged read of 64 blocks is one answer that did not come.
 //
-// The probe is a read that somebody asked for. A read of the store's own would keep idle disks busy,
-// and one that never comes back would take its buffer, and every later probe, with it.
+// The probe is a read that somebody asked for. One of the store's own would keep idle disks busy,
+// and if it never came back would take its buffer, and every later probe, with it.
 #include <base/assert.h>
 #include <base/clock.h>
 #include <storage/breaker.h>

@@ -11,7 +11,7 @@
 //
 // Deadlines do not stop anything: no kernel gives a buffer back early (of 200 cancelled reads none
 // was stopped). A late request is answered at once, and its memory comes back with the completion.
-// While the breaker is open (breaker.h) reads end where they would be submitted, as late and not held.
+// While the breaker is open (breaker.h) reads end where they would be submitted, late and not held.
 #include <base/alloc.h>
 #include <base/assert.h>
 #include <base/clock.h>

@@ -1,5 +1,5 @@
-// A few tokens through the daemon and back: an engine's calls, compared with plain attention. A build
-// whose kernels are wrong on this processor is told by this and by nothing else that doctor sees.
+// A few tokens through the daemon and back: an engine's calls, compared with plain attention. A
+// build whose kernels are wrong on this processor is told by this, and by nothing else here.
 #include <client/cli/cli.h>
 
 #include <base/clock.h>

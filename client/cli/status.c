@@ -12,7 +12,7 @@
 #include <unistd.h>
 #include <winnow/winnow.h>
 
-enum { WATCH_MS = 1000, N_ROWS_A_HEAD = 20, BAR_WIDTH = 21, COLUMNS_FOR_BAR = 60 };
+enum { WATCH_MS = 1000, N_ROWS_A_HEAD = 20, BAR_WIDTH = 21, COLUMNS_FOR_BAR = 60, SLOW_US = 50000 };
 
 const char *cli_bytes(uint64_t n_bytes, char text[16])
 {
@@ -77,6 +77,9 @@ uint32_t cli_stats_warn(const Winnow__V1__StatsReply *s,
              "the disk does not answer: %" PRIu64 " reads were not answered in time, contexts on "
              "it end with ETIMEDOUT until it does",
              s->io_timeouts);
+    if (s->io_p99_us > SLOW_US)
+        warn(warning, &n, "io_slow", "other users of the disk (iostat -x)", "disk p99 %.1f ms",
+             (double)s->io_p99_us / 1e3);
     if (s->io_errors)
         warn(warning, &n, "io_errors", "look at the disk's own log (dmesg)",
              "%" PRIu64 " disk errors: blocks were read twice or lost", s->io_errors);

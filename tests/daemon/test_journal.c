@@ -1,4 +1,4 @@
-// The log of a daemon that runs: the hour's line, the disk's state, and silence where nothing happens.
+// The log of a daemon that runs: the hour's line, the disk's state, silence where nothing happens.
 #include <test.h>
 
 #include <base/clock.h>
@@ -31,7 +31,7 @@ static const char *log_end(void)
     return text;
 }
 
-/* One line an hour, over what was done in it; the hours in which nothing was are told by the next. */
+/* One line an hour, over what was done in it; the next counts the hours in which nothing was. */
 static void test_journal__hourly_line(void)
 {
     struct winnow_core_stats stats = {.n_sessions = 14, .n_tokens_held = 1100000};

@@ -1,5 +1,5 @@
-/* The breaker: a disk that answers nothing costs its readers one deadline, not each of them one, and
- * is tried now and then until it answers. */
+/* The breaker: a disk that answers nothing costs its readers one deadline, not each of them one,
+ * and is tried now and then until it answers. */
 #include "fixture.h"
 
 #include <storage/breaker.h>

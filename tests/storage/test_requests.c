@@ -1,4 +1,4 @@
-/* How many requests a call takes: what its caller's sizes rest on (core.h, WINNOW_STORE_REQUESTS). */
+/* How many requests a call takes: what WINNOW_STORE_REQUESTS of core.h rests on. */
 #include "fixture.h"
 
 #include <storage/inside.h>

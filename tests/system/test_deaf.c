@@ -1,4 +1,4 @@
-/* A disk that goes deaf under a running daemon (deaf.c): who asks it is told, status says why, it is
+/* A disk that goes deaf under a running daemon (deaf.c): who asks is told, status says why, it is
  * used again once it answers, and a daemon that stops meanwhile leaves its memory to the kernel. */
 #include <base/clock.h>
 #include <errno.h>
@@ -102,8 +102,8 @@ static void test_deaf__disk_is_named_and_used_again(void)
     daemon_remove(&scene.daemon);
 }
 
-/* Stopped while the disk holds reads, the daemon waits its ten seconds, says what it leaves, and ends
- * with 70: the memory stays the kernel's to the end. */
+/* Stopped while the disk holds reads, the daemon waits its ten seconds, says what it leaves, and
+ * ends with 70: the memory stays the kernel's to the last. */
 static void test_deaf__stop_leaves_what_the_disk_holds(void)
 {
     static struct scene scene;

@@ -219,7 +219,7 @@ static void test_stock__unknown_methods_are_unimplemented(void)
     }
 }
 
-/* Versions: ours within the client's range is spoken, a range without ours is refused, naming both. */
+/* Versions: ours within the client's range is spoken; a range without it is refused, both named. */
 static void test_stock__versions(void)
 {
     static const struct {
@@ -285,8 +285,8 @@ static void test_stock__no_room_says_when_to_retry(void)
     stock_close(&stock);
 }
 
-/* Metadata beyond 8 KiB does not get in. It may cost the peer its connection (the compression's state
- * of both ends may part there), never the daemon: less of it is taken, at the second try at last. */
+/* Metadata beyond 8 KiB does not get in. It may cost the peer its connection (the state of the two
+ * ends' compression may part there), never the daemon: less is taken, at the second try at last. */
 static void test_stock__metadata_is_limited(void)
 {
     enum { LARGE_BYTES = 9 << 10 };

@@ -102,7 +102,7 @@ def report_make(run: dict[str, Any], daemon: Daemon, started: float) -> dict[str
         "exit": 0,
         "duration_s": round(time.monotonic() - started, 3),
         "machine": machine(status),
-        "build": {"version": version[1] if len(version) > 1 else None, "commit": commit or None},
+        "build": {"version": version[1].rstrip(","), "commit": commit or None},
         "model": run["model"],
         "context": run["context"],
         "config": {
@@ -127,13 +127,17 @@ def bar(share: float, width: int = 10) -> str:
     return "|" + ("#" * round(share * width)).ljust(width) + "|"
 
 
+def answer_text(answer: dict[str, Any]) -> str:
+    """What was asked for where it was found, else how the answer ends."""
+    text = answer["expected"] if answer["correct"] else answer["text"].strip()[-16:]
+    return text.replace("\n", " ") + (" ok" if answer["correct"] else " WRONG")
+
+
 def table_print(report: dict[str, Any]) -> None:
     sparse, exact, compare = report["sparse"], report["exact"], report["compare"]
-    print(f"{'question':<44}{'sparse P ' + format(report['config']['mass'], '.2g'):<22}everything")
+    print(f"{'question':<48}{'sparse P ' + format(report['config']['mass'], '.2g'):<23}everything")
     for one, other in zip(sparse["answers"], exact["answers"]):
-        marks = ["ok" if a["correct"] else "WRONG" for a in (one, other)]
-        texts = [a["text"].strip().replace("\n", " ")[-16:] for a in (one, other)]
-        print(f"{one['question'][:42]:<44}{texts[0] + ' ' + marks[0]:<22}{texts[1]} {marks[1]}")
+        print(f"{one['question'][:46]:<48}{answer_text(one):<23}{answer_text(other)}")
     parted = f", parted at {compare['first_difference']}" if compare["first_difference"] else ""
     print(f"same tokens {compare['tokens_equal']} of {compare['tokens_total']}{parted};", end=" ")
     print(f"KL mean {compare['kl_mean_nats']:.4f} max {compare['kl_max_nats']:.4f} nats")
@@ -171,6 +175,8 @@ def main() -> int:
         *("--disk-cap", f"{DISK_MIB}MiB", "--segment-tokens", str(SEGMENT_TOKENS)),
     ]
     with Daemon(args.cache, *options) as daemon:
+        say(4, f"winnowd ok pool {HOST_POOL_MIB} MiB, index {INDEX_MIB} MiB, disk {DISK_MIB} MiB")
+        say(5, "the model reads the document, then answers from disk, sparse and with everything read")
         command = [
             *(str(BIN / "smollm2"), "--socket", str(daemon.socket)),
             *("--model", str(ROOT / "build/quickstart/model.gguf"), "compare"),
@@ -192,7 +198,10 @@ def main() -> int:
     report["exit"] = 0 if kept and any(right) and sparse["mass_reached"] >= sparse["mass_asked"] else 2
     path = ROOT / "build/quickstart/report.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
+    say(6, "report ok")
     table_print(report)
+    if report["exit"]:
+        print("quickstart: a promise was missed: see WRONG, or mass reached", file=sys.stderr)
     print(f"{path.relative_to(ROOT)}  next: winnow status")
     return int(report["exit"])
 

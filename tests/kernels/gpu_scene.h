@@ -48,6 +48,12 @@ struct scene {
 
 static const struct winnow_gpu_api *api;
 
+/* WINNOW_TEST_SMALL: sizes for a sanitizer, which makes a launch a hundred times slower. */
+static inline bool scene_is_small(void)
+{
+    return getenv("WINNOW_TEST_SMALL") != NULL;
+}
+
 /* The library of WINNOW_TEST_CUDA, or the one beside the program, and its first device; --require
  * cuda makes their absence a failure, else it is a skip. */
 static inline void scene_api_init(int argc, char **argv)

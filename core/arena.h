@@ -7,7 +7,8 @@
  *   HELD   pinned by its holders (tails; a read under way): n_holders counts them
  *   CACHE  of a sealed segment: named in the segment's place table; evictable when it is clean
  *          (its bytes are on disk too) and has no pins
- * Eviction is one CLOCK over all clean, unpinned cache slots; the owner is told by `evict`.
+ * Evicted is, of a sample of the clean, unpinned cache slots of the size wanted, the one that steps
+ * chose least (of late: arena.c); the owner is told by `evict`.
  *
  * Thread: owner.
  */
@@ -52,9 +53,11 @@ uint32_t winnow_arena_holders(const struct winnow_arena *arena, uint32_t slot);
 void winnow_arena_cache(struct winnow_arena *arena, uint32_t slot, void *segment,
                         uint32_t block_idx, bool clean);
 void winnow_arena_clean(struct winnow_arena *arena, uint32_t slot); /* its bytes are on disk too */
-/* A step's use of a cache slot; pinned slots are not evicted. Marks it as used. */
+/* Pinned slots are not evicted. */
 void winnow_arena_pin(struct winnow_arena *arena, uint32_t slot);
 void winnow_arena_unpin(struct winnow_arena *arena, uint32_t slot);
+/* A step chose the cache slot's block: counted. Steps that read everything choose none. */
+void winnow_arena_touch(struct winnow_arena *arena, uint32_t slot);
 /* Its segment ends: the slot is free once its pins are gone. */
 void winnow_arena_drop(struct winnow_arena *arena, uint32_t slot);
 

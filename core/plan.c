@@ -228,6 +228,8 @@ static bool group_place(struct winnow_core *core, struct winnow_session *session
         uint32_t place = winnow_segment_place(segment, op->layer)[of_layer];
         if (place) {
             winnow_arena_pin(core->tiers.arena, place - 1);
+            if (!staged)
+                winnow_arena_touch(core->tiers.arena, place - 1);
             group->source[i] = WINNOW_FROM_CACHE;
             group->slot[i] = place - 1;
             group->data[i] = winnow_arena_data(core->tiers.arena, place - 1);

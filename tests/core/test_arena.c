@@ -1,10 +1,10 @@
-/* The arena: grains go from one block size to another, what is used is evicted last. */
+/* The arena: grains go from one block size to another, what is chosen often is evicted last. */
 #include <core/arena.h>
 #include <errno.h>
 #include <storage/store.h>
 #include <test.h>
 
-enum { N_SLOTS_MAX = 4096 };
+enum { N_SLOTS_MAX = 16384 };
 
 static uint32_t n_evicted;
 static bool is_evicted[N_SLOTS_MAX];
@@ -90,9 +90,8 @@ static void test_arena__grain_is_taken_from_another_size(void)
     whole_check(arena);
 }
 
-/* Pinned blocks stay where they are, used ones longer than unused ones, and a dropped one until its
- * last pin. */
-static void test_arena__pins_and_uses_outlast_the_hand(void)
+/* Pinned blocks stay where they are, and a dropped one until its last pin. */
+static void test_arena__pins_outlast_eviction(void)
 {
     static uint32_t slot[N_SLOTS_MAX];
     struct winnow_arena *arena = arena_make(16 << 20);
@@ -113,6 +112,50 @@ static void test_arena__pins_and_uses_outlast_the_hand(void)
     winnow_arena_release(arena, one);
     for (uint32_t i = 1; i < n; i++)
         winnow_arena_release(arena, slot[i]);
+    whole_check(arena);
+}
+
+/* One visit of a step to a block: 1 if it was in memory. */
+static uint32_t visit(struct winnow_arena *arena, uint32_t slot_of[], uint32_t block)
+{
+    if (slot_of[block] && !is_evicted[block]) {
+        winnow_arena_pin(arena, slot_of[block] - 1);
+        winnow_arena_touch(arena, slot_of[block] - 1);
+        winnow_arena_unpin(arena, slot_of[block] - 1);
+        return 1;
+    }
+    uint32_t slot;
+    CHECK_EQ(winnow_arena_take(arena, 8192, 1, &slot, 0), 0);
+    winnow_arena_cache(arena, slot, &n_evicted, block, true);
+    is_evicted[block] = false;
+    slot_of[block] = slot + 1;
+    return 0;
+}
+
+/* Blocks of every round stay in memory though a round is longer than the pool; and when others take
+ * their place, these do within 40 rounds. */
+static void test_arena__chosen_often_outlast_a_circle(void)
+{
+    enum { N_OFTEN = 600, N_ROUND = 2800, N_ROUNDS = 40 };
+    static uint32_t slot_of[N_SLOTS_MAX];
+    struct winnow_arena *arena = arena_make(16 << 20);
+    memset(slot_of, 0, sizeof slot_of);
+    for (uint32_t phase = 0; phase < 2; phase++) {
+        uint32_t n_hits = 0, seldom = 2 * N_OFTEN;
+        for (uint32_t round = 0; round < N_ROUNDS; round++) {
+            n_hits = 0;
+            for (uint32_t i = 0; i < N_OFTEN; i++)
+                n_hits += visit(arena, slot_of, phase * N_OFTEN + i);
+            for (uint32_t i = N_OFTEN; i < N_ROUND; i++) {
+                visit(arena, slot_of, seldom);
+                seldom = seldom + 1 < N_SLOTS_MAX ? seldom + 1 : 2 * N_OFTEN;
+            }
+        }
+        CHECK(n_hits > N_OFTEN / 10 * 9);
+    }
+    for (uint32_t i = 0; i < N_SLOTS_MAX; i++)
+        if (slot_of[i] && !is_evicted[i])
+            winnow_arena_drop(arena, slot_of[i] - 1);
     whole_check(arena);
 }
 
@@ -154,7 +197,8 @@ int main(int argc, char **argv)
     TEST_INIT(argc, argv);
     TEST_RUN(test_arena__empty_grains_before_eviction);
     TEST_RUN(test_arena__grain_is_taken_from_another_size);
-    TEST_RUN(test_arena__pins_and_uses_outlast_the_hand);
+    TEST_RUN(test_arena__pins_outlast_eviction);
+    TEST_RUN(test_arena__chosen_often_outlast_a_circle);
     TEST_RUN(test_arena__keeps_what_steps_need);
     TEST_RUN(test_arena__clean_blocks_press);
     return TEST_END();

@@ -79,8 +79,8 @@ cudaError_t winnow_gpu_stage_tail(const struct winnow_gpu_view *view,
 {
     return form_call(*view, [&](auto of) {
         using F = decltype(of);
-        uint32_t n_rows = 2 * grid->n_multiprocessors / grid->n_units_max;
-        dim3 n_blocks(grid->n_units_max, n_rows < 1 ? 1 : n_rows > 16 ? 16 : n_rows);
+        uint32_t n_groups = (view->n_sink_blocks + view->ring_blocks + GROUP - 1) / GROUP;
+        dim3 n_blocks(grid->n_units_max, n_groups < 16 ? n_groups : 16);
         tail_kernel<F><<<n_blocks, ATTEND_THREADS, sizeof(work_memory<F>), stream>>>(*view);
         return cudaGetLastError();
     });

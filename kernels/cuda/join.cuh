@@ -48,26 +48,46 @@ struct join_range {
     uint32_t n_read, n;   /* the first n_read were read, the others are estimates */
 };
 
-/* Thread t's head is t % HEADS; fills largest, read, rest relative to it, and the weights of the
- * first tile stay to be formed. */
+/* Thread t's head is t % HEADS. Fills largest, read and rest (relative to it), and the weights of
+ * the first tile. What fits registers is loaded once. */
 template <class F>
 __device__ inline void join_sums(const winnow_gpu_view &view, const join_range &range,
                                  join_memory<F> *memory)
 {
-    constexpr uint32_t STEP = ATTEND_THREADS / F::HEADS;
-    uint32_t g = threadIdx.x % F::HEADS, stride = view.v_width + 2;
-    bool is_there = g < view.n_group;
+    constexpr uint32_t STEP = ATTEND_THREADS / F::HEADS, KEPT = JOIN_TILE / STEP;
+    uint32_t g = threadIdx.x % F::HEADS, first = threadIdx.x / F::HEADS;
+    uint32_t stride = view.v_width + 2;
+    uint32_t end = g < view.n_group ? range.n : 0;
     float largest = -INFINITY, read = 0, rest = 0;
+    float2 kept[KEPT];
+    auto load = [&](uint32_t i) {
+        return __ldcg((const float2 *)(range.partial + ((uint64_t)i * view.n_group + g) * stride));
+    };
 
-    for (uint32_t i = threadIdx.x / F::HEADS; is_there && i < range.n; i += STEP)
-        largest = fmaxf(largest, __ldcg(range.partial + ((uint64_t)i * view.n_group + g) * stride));
+#pragma unroll
+    for (int k = 0; k < KEPT; k++) {
+        kept[k] = make_float2(-INFINITY, 0);
+        if (first + k * STEP < end)
+            kept[k] = load(first + k * STEP);
+    }
+#pragma unroll
+    for (int k = 0; k < KEPT; k++)
+        largest = fmaxf(largest, kept[k].x);
+    for (uint32_t i = first + KEPT * STEP; i < end; i += STEP)
+        largest = fmaxf(largest, load(i).x);
     largest =
         heads_reduce<F>(largest, memory->of_warp[0], [](float a, float b) { return fmaxf(a, b); });
-    for (uint32_t i = threadIdx.x / F::HEADS; is_there && i < range.n; i += STEP) {
-        float2 x =
-            __ldcg((const float2 *)(range.partial + ((uint64_t)i * view.n_group + g) * stride));
-        float l = x.x == -INFINITY ? 0 : exp_or_0(x.x - largest) * x.y;
-        (i < range.n_read ? read : rest) += l;
+#pragma unroll
+    for (int k = 0; k < KEPT; k++) {
+        uint32_t i = first + k * STEP;
+        float w = kept[k].x == -INFINITY ? 0 : exp_or_0(kept[k].x - largest);
+        memory->weight[i][g] = w;
+        (i < range.n_read ? read : rest) += w * kept[k].y;
+    }
+    for (uint32_t i = first + KEPT * STEP; i < end; i += STEP) {
+        float2 x = load(i);
+        float w = x.x == -INFINITY ? 0 : exp_or_0(x.x - largest);
+        (i < range.n_read ? read : rest) += w * x.y;
     }
     auto add = [](float a, float b) { return a + b; };
     read = heads_reduce<F>(read, memory->of_warp[1], add);
@@ -84,24 +104,20 @@ __device__ inline void join_sums(const winnow_gpu_view &view, const join_range &
 __device__ inline float join_verify(winnow_gpu_unit *unit, uint32_t g, float mass, float largest,
                                     float read, float rest, bool is_first_round)
 {
-    float rho, reached;
+    uint64_t m = __ldcg(&unit->quarter_m[g]), e = __ldcg(&unit->quarter_e[g]);
+    float rho = __ldcg(&unit->rho[g]), of_estimates = __ldcg(&unit->largest[g]);
+    bool has_unknown = __ldcg(&unit->has_unknown);
 
     if (is_first_round) {
-        uint64_t m = __ldcg(&unit->quarter_m[g]), e = __ldcg(&unit->quarter_e[g]);
         rho = m == 0 ? 1 : 8;
         if (e > 0)
             rho = (float)fmin(fmax((double)m / (double)e, 1.0), 8.0);
-        unit->rho[g] = rho;
-    } else {
-        rho = __ldcg(&unit->rho[g]);
     }
-    float all = read + rho * rest;
-    reached = all > 0 ? read / all : 1;
-    if (__ldcg(&unit->has_unknown))
-        reached = 0;
+    float all = read + rho * rest, need = fmaxf((mass * all - read) / rho, 0.0f);
+    float reached = has_unknown ? 0 : all > 0 ? read / all : 1;
+    unit->rho[g] = rho;
     unit->mass[g] = reached;
-    float need = fmaxf((mass * all - read) / rho, 0.0f);
-    unit->need[g] = need > 0 ? need * expf(largest - __ldcg(&unit->largest[g])) : 0;
+    unit->need[g] = need > 0 ? need * expf(largest - of_estimates) : 0;
     return reached;
 }
 
@@ -142,15 +158,17 @@ __device__ inline bool join_write(const winnow_gpu_view &view, const winnow_gpu_
         pair = n_pairs;
     for (uint32_t first = 0; first < range.n; first += JOIN_TILE) {
         uint32_t n = min(range.n - first, (uint32_t)JOIN_TILE);
-        __syncthreads();
-        for (uint32_t i = threadIdx.x; i < n * F::HEADS; i += ATTEND_THREADS) {
+        if (first > 0)
+            __syncthreads();
+        for (uint32_t i = threadIdx.x; first > 0 && i < n * F::HEADS; i += ATTEND_THREADS) {
             uint32_t g = i % F::HEADS;
             float m = -INFINITY;
             if (g < view.n_group)
                 m = __ldcg(range.partial + (uint64_t)(first + i / F::HEADS) * row + g * stride);
             memory->weight[i / F::HEADS][g] = m == -INFINITY ? 0 : exp_or_0(m - memory->largest[g]);
         }
-        __syncthreads();
+        if (first > 0)
+            __syncthreads();
 #pragma unroll
         for (int k = 0; k < PER_THREAD; k++) {
             uint32_t p = pair + k * ATTEND_THREADS;
@@ -158,7 +176,7 @@ __device__ inline bool join_write(const winnow_gpu_view &view, const winnow_gpu_
                 break;
             uint32_t g = p / half, d = 2 * (p % half);
             const float *at = range.partial + (uint64_t)first * row + g * stride + 2 + d;
-#pragma unroll 8
+#pragma unroll 16
             for (uint32_t i = slice; i < n; i += n_slices) {
                 float2 x = __ldcg((const float2 *)(at + (uint64_t)i * row));
                 float w = memory->weight[i][g];
@@ -199,12 +217,14 @@ __device__ inline bool join_write(const winnow_gpu_view &view, const winnow_gpu_
     return is_finite;
 }
 
-/* NaN into all of an item's output. */
+/* NaN into all of an item's output: in every type, all bits set. */
 __device__ inline void item_poison(const winnow_gpu_view &view, const winnow_gpu_item &item)
 {
-    for (uint64_t i = threadIdx.x; i < (uint64_t)view.n_q_heads * view.v_width; i += blockDim.x)
-        store_as(view.io_dtype, item.out, i, NAN);
-    for (uint64_t i = threadIdx.x; item.lse && i < view.n_q_heads; i += blockDim.x)
+    uint32_t n_words = view.n_q_heads * view.v_width / (view.io_dtype == WINNOW_FP32 ? 1 : 2);
+
+    for (uint32_t i = threadIdx.x; i < n_words; i += blockDim.x)
+        ((uint32_t *)item.out)[i] = ~0u;
+    for (uint32_t i = threadIdx.x; item.lse && i < view.n_q_heads; i += blockDim.x)
         item.lse[i] = NAN;
 }
 
@@ -242,20 +262,19 @@ __device__ inline void item_finish(const winnow_gpu_view &view, uint32_t item_id
 {
     const winnow_gpu_item &item = view.launch->item[item_idx];
     const winnow_gpu_unit *units = view.unit + item_idx * view.n_kv_heads;
-    uint32_t lane = lane_id(), n_heads = view.n_kv_heads;
+    uint32_t lane = lane_id();
 
     if (threadIdx.x < 32) {
         winnow_gpu_certificate c = {0, 1, INFINITY, 0, 0, 0, 0, 0};
-        for (uint32_t h = lane; h < n_heads; h += 32) {
+        for (uint32_t i = lane; i < view.n_q_heads; i += 32) {
+            float mass = __ldcg(&units[i / view.n_group].mass[i % view.n_group]);
+            c.mass_reached = fminf(c.mass_reached, mass);
+            c.mass_mean += mass;
+        }
+        for (uint32_t h = lane; h < view.n_kv_heads; h += 32) {
             const winnow_gpu_unit *unit = units + h;
             c.status = max(c.status, __ldcg(&unit->status));
-            if (__ldcg(&unit->n_more) > 0)
-                c.n_rounds = 2;
-            for (uint32_t g = 0; g < view.n_group; g++) {
-                float mass = __ldcg(&unit->mass[g]);
-                c.mass_reached = fminf(c.mass_reached, mass);
-                c.mass_mean += mass;
-            }
+            c.n_rounds = max(c.n_rounds, __ldcg(&unit->n_more) > 0 ? 2 : 1);
             c.n_blocks_device += __ldcg(&unit->n_device);
             c.n_blocks_host += __ldcg(&unit->n_host);
             c.n_blocks_unfit += __ldcg(&unit->n_unfit);
@@ -306,6 +325,8 @@ __device__ __noinline__ void unit_join(const winnow_gpu_view &view, uint32_t uni
     const winnow_gpu_item &item = view.launch->item[unit->item];
     uint32_t n_tail = unit->n_tail_groups, n_groups = __ldcg(&unit->n_groups),
              n_more = is_first_round ? 0 : __ldcg(&unit->n_groups_more), g = threadIdx.x;
+    uint32_t n_selected = __ldcg(&unit->n_selected);
+    uint32_t n_max = item.n_blocks_max ? min(item.n_blocks_max, unit->n_blocks) : unit->n_blocks;
     join_range range;
 
     range.partial =
@@ -318,10 +339,7 @@ __device__ __noinline__ void unit_join(const winnow_gpu_view &view, uint32_t uni
     if (g < view.n_group) {
         float mass = join_verify(unit, g, item.mass, memory->largest[g], memory->read[g],
                                  memory->rest[g], is_first_round);
-        uint32_t n = __ldcg(&unit->n_selected);
-        uint32_t n_max =
-            item.n_blocks_max ? min(item.n_blocks_max, unit->n_blocks) : unit->n_blocks;
-        if (is_first_round && mass < item.mass && n < n_max)
+        if (is_first_round && mass < item.mass && n_selected < n_max)
             memory->is_short = 1;
     }
     __syncthreads();

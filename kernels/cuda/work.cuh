@@ -24,9 +24,9 @@ struct work_item {
     uint32_t unit, idx;
 };
 
-__device__ inline work_item work_load(const winnow_gpu_work *work, uint32_t i)
+__device__ inline work_item work_load(const winnow_gpu_work *work)
 {
-    uint2 x = __ldcg((const uint2 *)(work + i));
+    uint2 x = __ldcg((const uint2 *)work);
     return {x.x, x.y};
 }
 
@@ -201,19 +201,23 @@ __device__ inline void work_run(const winnow_gpu_view &view, winnow_gpu_queue *q
     }
     if (rank < n_fetchers) {
         work_fetch<F>(view, n_fetch, rank * GROUP + threadIdx.x / 32, n_fetchers * GROUP);
-    } else {
-        for (uint32_t i = rank - n_fetchers; i < n_ready; i += gridDim.x - n_fetchers)
-            work_do<F>(view, work_load(view.ready, i), false, is_first_round, memory, &is_last);
+        rank = n_ready + n_fetchers; /* ready work is the others' */
     }
-    if (n_waiting == 0)
-        return;
-    for (;;) {
-        __syncthreads();
-        if (threadIdx.x == 0)
-            taken = atomicAdd(&queue->waiting_next, 1);
-        __syncthreads();
-        if (taken >= n_waiting)
-            return;
-        work_do<F>(view, work_load(view.waiting, taken), true, is_first_round, memory, &is_last);
+    for (uint32_t i = rank - n_fetchers;; i += gridDim.x - n_fetchers) {
+        const winnow_gpu_work *work = view.ready + i;
+        bool is_ready = i < n_ready;
+        if (!is_ready) {
+            if (n_waiting == 0)
+                return;
+            __syncthreads();
+            if (threadIdx.x == 0)
+                taken = atomicAdd(&queue->waiting_next, 1);
+            __syncthreads();
+            if (taken >= n_waiting)
+                return;
+            work = view.waiting + taken;
+            i = n_ready;
+        }
+        work_do<F>(view, work_load(work), !is_ready, is_first_round, memory, &is_last);
     }
 }

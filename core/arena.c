@@ -66,6 +66,7 @@ struct winnow_arena {
     struct slot *slot;
     struct class class[N_CLASSES];
     uint32_t n_classes;
+    bool frozen;                                                 /* nothing is evicted */
     uint64_t held_bytes, cache_bytes, dirty_bytes, pinned_bytes; /* pinned: of clean cache slots */
     struct winnow_rng rng;                                       /* whom the sample meets */
     uint64_t evicted_bytes;                                      /* in this epoch */
@@ -325,7 +326,7 @@ static bool slot_take(struct winnow_arena *arena, uint32_t class_idx, uint32_t *
 {
     struct class *class = &arena->class[class_idx];
     if (!class->first_free && !arena->n_grains_free && !grain_reclaim(arena, class_idx) &&
-        !evict_one(arena, class_idx))
+        !arena->frozen && !evict_one(arena, class_idx))
         grain_steal(arena, class_idx);
     if (!class->first_free && !grain_carve(arena, class_idx))
         return false;
@@ -361,6 +362,11 @@ int winnow_arena_take(struct winnow_arena *arena, uint32_t block_bytes, uint32_t
         return -EAGAIN;
     }
     return 0;
+}
+
+void winnow_arena_freeze(struct winnow_arena *arena, bool frozen)
+{
+    arena->frozen = frozen;
 }
 
 void winnow_arena_hold(struct winnow_arena *arena, uint32_t slot)

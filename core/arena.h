@@ -53,6 +53,8 @@ uint32_t winnow_arena_holders(const struct winnow_arena *arena, uint32_t slot);
 void winnow_arena_cache(struct winnow_arena *arena, uint32_t slot, void *segment,
                         uint32_t block_idx, bool clean);
 void winnow_arena_clean(struct winnow_arena *arena, uint32_t slot); /* its bytes are on disk too */
+/* While frozen nothing is evicted: a device may be reading any block. */
+void winnow_arena_freeze(struct winnow_arena *arena, bool frozen);
 /* Pinned slots are not evicted. */
 void winnow_arena_pin(struct winnow_arena *arena, uint32_t slot);
 void winnow_arena_unpin(struct winnow_arena *arena, uint32_t slot);

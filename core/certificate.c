@@ -40,7 +40,7 @@ static void heavy_count(struct winnow_session *session)
     uint32_t n_heads = session->context->shape.n_kv_heads;
     for (uint32_t head = 0; head < n_heads; head++) {
         struct winnow_heavy *heavy = &session->heavy[session->op.layer * n_heads + head];
-        if (session->op.whole || run->n_blocks == 0)
+        if (session->op.whole || session->op.by_device || run->n_blocks == 0)
             continue;
         heavy->n_steps++;
         if (run->exact[head])
@@ -79,7 +79,8 @@ void winnow_certificate_close(struct winnow_core *core, struct winnow_session *s
     struct winnow_op *op = &session->op;
     struct winnow_core_certificate *c = &op->certificate;
     bool may_degrade = winnow_op_may_degrade(session);
-    mass_take(session, c);
+    if (!op->by_device)
+        mass_take(session, c);
     if (!any_sparse(session))
         c->verdict = WINNOW_VERDICT_EXACT;
     else

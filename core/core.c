@@ -66,6 +66,11 @@ int winnow_core_create(const struct winnow_core_options *options, struct winnow_
         winnow_core_destroy(core);
         return -ENOMEM;
     }
+    int rc = options->gpu ? winnow_device_create(core, &core->tiers.device, text) : 0;
+    if (rc < 0) {
+        winnow_core_destroy(core);
+        return rc;
+    }
     text[0] = 0;
     *ret_core = core;
     return 0;
@@ -84,6 +89,7 @@ void winnow_core_destroy(struct winnow_core *core)
         if (session)
             winnow_session_destroy(core, session);
     }
+    winnow_device_destroy(core->tiers.device);
     for (uint32_t i = 0; core->run && core->tiers.index && i < core->n_runs_max; i++)
         winnow_index_memory_give(core->tiers.index, core->run[i].memory, core->run[i].memory_bytes);
     for (uint32_t i = 0; i < WINNOW_N_PASSES; i++)
@@ -104,6 +110,11 @@ void winnow_core_destroy(struct winnow_core *core)
 void winnow_core_arena(const struct winnow_core *core, void **ret_arena, size_t *ret_bytes)
 {
     *ret_arena = winnow_arena_base(core->tiers.arena, ret_bytes);
+}
+
+bool winnow_core_gpu_lost(const struct winnow_core *core)
+{
+    return winnow_device_lost(core->tiers.device);
 }
 
 void winnow_core_set_store(struct winnow_core *core, struct winnow_store *store)
@@ -239,12 +250,13 @@ int64_t winnow_core_step(struct winnow_core *core, int64_t now_ns)
         core->progress = winnow_requests_poll(core);
         core->progress |= items_poll(core);
         core->progress |= store_poll(core);
+        core->progress |= winnow_device_poll(core);
         winnow_spill_pump(core, false);
         next_ns = winnow_ops_advance(core);
         if (!core->progress && !items_spin(core))
             break;
     }
-    if (item_run(core))
+    if (item_run(core) || winnow_device_busy(core->tiers.device))
         return now_ns; /* its end is a message; and time has passed */
     team_warm(core);
     if (core->spill_grows && next_ns > now_ns + GROW_WAIT_NS)

@@ -13,6 +13,7 @@
  */
 #pragma once
 
+#include <kernels/gpu.h>
 #include <kernels/kernels.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -171,7 +172,10 @@ struct winnow_core_options {
     uint32_t n_steps_max;  /* steps that run at once; the rest queue */
     uint64_t n_tokens_max; /* of a context */
     const struct winnow_kernels *kernels;
-    struct winnow_team *team; /* borrowed */
+    struct winnow_team *team;         /* borrowed */
+    const struct winnow_gpu_api *gpu; /* NULL: none. Takes decode steps of policy codes */
+    uint32_t gpu_ordinal, n_gpu_sessions_max;
+    uint64_t gpu_memory_bytes;
     /* The store is opened by the caller over the core's arena: create, winnow_core_arena, open the
      * store, winnow_core_set_store. Without one, contexts live in memory alone. */
     void (*notify)(void *arg); /* winnow_core_submit, any thread: the owner should step (edge) */
@@ -183,12 +187,15 @@ struct winnow_core_options {
 
 struct winnow_core;
 
-/* 0; or with a line in text -ENOMEM; -EINVAL: a cap below the smallest legal one, S not a multiple. */
+/* 0; or with a line in text -ENOMEM; -EINVAL: a cap below the smallest legal one, S not a multiple;
+ * what gpu.open returns. */
 int winnow_core_create(const struct winnow_core_options *options, struct winnow_core **ret_core,
                        char text[256]);
 /* Every request must be done and the store closed. Sessions still open end. NULL is fine. */
 void winnow_core_destroy(struct winnow_core *core);
 void winnow_core_arena(const struct winnow_core *core, void **ret_arena, size_t *ret_bytes);
+/* The GPU was lost: its sessions go on with the CPU's kernels. */
+bool winnow_core_gpu_lost(const struct winnow_core *core);
 void winnow_core_set_store(struct winnow_core *core, struct winnow_store *store); /* borrowed */
 
 /* Any thread. The request is the core's until done. -EAGAIN: the request ring is full. */

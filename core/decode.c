@@ -311,6 +311,8 @@ static bool build_advance(struct winnow_core *core, struct winnow_session *sessi
         op->appended = token_append(core, session);
         return op->appended;
     }
+    if (winnow_device_begin(core, session))
+        return true;
     score_begin(core, session);
     return op->state == WINNOW_OP_SCORE;
 }
@@ -556,6 +558,9 @@ static bool advance_once(struct winnow_core *core, struct winnow_session *sessio
         return op->failure == 0;
     case WINNOW_OP_BUILD:
         return build_advance(core, session);
+    case WINNOW_OP_DEVICE:
+    case WINNOW_OP_DEVICE_READ:
+        return winnow_device_advance(core, session);
     case WINNOW_OP_SCORE: {
         bool tactic = op->policy == WINNOW_POLICY_TACTIC && !op->whole;
         winnow_plan_begin(session, tactic ? 3 : 1, !tactic);
@@ -604,7 +609,10 @@ static bool advance_once(struct winnow_core *core, struct winnow_session *sessio
         winnow_certificate_close(core, session);
         if (op->failure == 0 && session->options.strict && !op->whole &&
             op->certificate.verdict == WINNOW_VERDICT_SHORT) {
-            strict_begin(session);
+            if (op->by_device)
+                winnow_device_refuse(core, session);
+            else
+                strict_begin(session);
             return true;
         }
         winnow_op_end(core, session);
@@ -620,7 +628,7 @@ void winnow_decode_advance(struct winnow_core *core, struct winnow_session *sess
     struct winnow_op *op = &session->op;
     for (;;) {
         bool reads = op->state == WINNOW_OP_READ || op->state == WINNOW_OP_READ_MORE ||
-                     op->state == WINNOW_OP_PROBE;
+                     op->state == WINNOW_OP_PROBE || op->state == WINNOW_OP_DEVICE_READ;
         if (op->n_items > 0 && !reads)
             return;
         if (!advance_once(core, session))

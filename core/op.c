@@ -243,7 +243,7 @@ static bool is_stuck(const struct winnow_core *core)
 {
     bool can_spill = core->tiers.store && core->tiers.spill_first && !core->tiers.spill_refused;
     return !core->progress && core->n_items_out == 0 && core->n_spills == 0 && !can_spill &&
-           winnow_pool_used(core->loads) == 0;
+           winnow_pool_used(core->loads) == 0 && !winnow_device_busy(core->tiers.device);
 }
 
 void winnow_op_wait_room(struct winnow_core *core, struct winnow_op *op, const char *format, ...)

@@ -312,6 +312,7 @@ static void load_admit(struct winnow_core *core, struct winnow_load *load)
     winnow_arena_cache(core->tiers.arena, load->slot - 1, segment, load->block_idx, true);
     *place = load->slot;
     segment->layer[layer].n_places++;
+    segment->layer[layer].homes_stale = true;
 }
 
 static void bytes_count(struct winnow_core *core, struct winnow_session *session,

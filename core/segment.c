@@ -1,4 +1,5 @@
 #include <base/assert.h>
+#include <core/device.h>
 #include <core/segment.h>
 #include <errno.h>
 #include <string.h>
@@ -126,6 +127,7 @@ void winnow_segment_unref(struct winnow_segment *segment)
         return;
     for (uint32_t layer = 0; layer < segment->shape.n_layers; layer++)
         layer_drop(segment, layer);
+    winnow_device_segment_end(segment->tiers->device, segment);
     if (segment->stored && segment->tiers->store) {
         winnow_store_segment_destroy(segment->tiers->store, segment->stored);
         segment->tiers->spill_refused = false;
@@ -193,4 +195,5 @@ void winnow_segment_evicted(void *segment, uint32_t block_idx)
     winnow_assert(place[block_idx % blocks_per_layer] != 0);
     place[block_idx % blocks_per_layer] = 0;
     s->layer[block_idx / blocks_per_layer].n_places--;
+    s->layer[block_idx / blocks_per_layer].homes_stale = true;
 }

@@ -18,12 +18,15 @@
 #include <stdbool.h>
 #include <storage/store.h>
 
+struct winnow_device;
+
 /* What the core keeps blocks and index in; borrowed by every segment. */
 struct winnow_tiers {
     struct winnow_arena *arena;
     struct winnow_index_memory *index;
-    struct winnow_store *store; /* NULL: memory alone */
-    bool spill_refused;         /* the disk takes no more, until a segment gives its grains back */
+    struct winnow_store *store;   /* NULL: memory alone */
+    struct winnow_device *device; /* NULL: no GPU */
+    bool spill_refused; /* the disk takes no more, until a segment gives its grains back */
     struct winnow_segment_layer *spill_first,
         **spill_last; /* in force, not on disk, oldest first */
 };
@@ -41,6 +44,8 @@ struct winnow_segment_layer {
     uint32_t n_written;  /* blocks that a spill has sent, in disk order */
     uint32_t n_writes;   /* under way; while there are any, they hold a reference to the segment */
     bool write_failed;
+    bool on_device;   /* its index is; device.h */
+    bool homes_stale; /* places changed since */
 };
 
 struct winnow_segment {
@@ -51,6 +56,7 @@ struct winnow_segment {
     uint32_t block_bytes;
     bool with_var;
     uint64_t first_token;
+    uint32_t device_slot;         /* + 1; 0: none */
     struct winnow_stored *stored; /* NULL: nothing spilled yet */
     uint32_t *block_crc; /* [n_layers][n_kv_heads x n_blocks]; the store's once it is stored */
     size_t header_bytes, piece_bytes;

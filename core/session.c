@@ -121,7 +121,9 @@ static int shape_check(struct winnow_core *core, struct winnow_request *request)
     struct winnow_model_shape *shape = &request->open.shape;
     char sum[256];
     if (!shape->block_layout)
-        shape->block_layout = WINNOW_BLOCK_LAYOUT;
+        shape->block_layout = winnow_device_wants(core, shape, &request->open.options)
+                                  ? WINNOW_BLOCK_FRAGMENTS
+                                  : WINNOW_BLOCK_LAYOUT;
     int rc = winnow_model_shape_check(shape, request->text);
     if (rc < 0)
         return rc;
@@ -189,6 +191,7 @@ static struct winnow_session *session_create(struct winnow_core *core, uint64_t 
         winnow_session_destroy(core, session);
         return NULL;
     }
+    winnow_device_join(core, session);
     return session;
 }
 
@@ -230,6 +233,7 @@ void winnow_session_destroy(struct winnow_core *core, struct winnow_session *ses
     stats_add(&core->stats, &session->stats);
     core->n_promises -= session->promised_bytes > 0;
     winnow_context_destroy(session->context);
+    winnow_device_leave(core, session);
     winnow_alloc_free(session->layer);
     winnow_alloc_free(session->heavy);
     winnow_pool_give(core->sessions, session);

@@ -16,6 +16,7 @@
 #include <base/team.h>
 #include <core/context.h>
 #include <core/core.h>
+#include <core/device.h>
 
 enum {
     WINNOW_RECENT_TOKENS = 64, /* a span is due when the layer holds this much more than its end */
@@ -159,6 +160,8 @@ enum winnow_op_state {
     WINNOW_OP_ROOM, /* waits for slots of its tokens */
     WINNOW_OP_CONVERT,
     WINNOW_OP_BUILD,
+    WINNOW_OP_DEVICE,      /* waits for a launch, or for its end */
+    WINNOW_OP_DEVICE_READ, /* selected blocks on disk are read, to be launched again */
     WINNOW_OP_SCORE,
     WINNOW_OP_PROBE,
     WINNOW_OP_SELECT,
@@ -187,6 +190,8 @@ struct winnow_op {
     struct winnow_cursor cursor;
     uint64_t group_first, group_next; /* merged up to; filled up to */
     bool fill_done, appended, whole;
+    uint32_t n_device_reads;
+    bool by_device, on_cpu; /* the device answered; the device does not take it */
     uint32_t policy;
     float mass;
     uint32_t n_blocks_max;
@@ -215,6 +220,7 @@ struct winnow_session_layer {
     uint32_t n_builds;  /* items running: it is built or permuted */
     uint64_t sealed_to; /* spans that end by here are in force for the layer's next call */
     uint64_t last_seq;
+    uint64_t on_device; /* resident tokens before this one are the device's too */
 };
 
 struct winnow_heavy { /* of a layer and KV head: selection.md's rule for heads read whole */
@@ -233,11 +239,13 @@ struct winnow_session {
     struct winnow_heavy *heavy; /* [n_layers][n_kv_heads] */
     struct winnow_request *queue_first, **queue_last;
     struct winnow_op op;
-    uint32_t active_idx;             /* in the core's list of ops under way */
-    struct winnow_session *next_run; /* in the core's queue for a run or pass */
-    uint32_t n_heavy;                /* flags set in `heavy` */
-    uint64_t promised_bytes;         /* of index_memory, reserved at open; 0: none */
-    uint32_t n_builds;               /* items of it in the team, beyond op.n_items */
+    uint32_t active_idx;                          /* in the core's list of ops under way */
+    struct winnow_session *next_run;              /* in the core's queue for a run or pass */
+    uint32_t n_heavy;                             /* flags set in `heavy` */
+    uint32_t device_slot;                         /* + 1; 0: the CPU takes its steps */
+    uint32_t n_device_segments, *device_segments; /* [n_segments_max] slots the device was told */
+    uint64_t promised_bytes;                      /* of index_memory, reserved at open; 0: none */
+    uint32_t n_builds;                            /* items of it in the team, beyond op.n_items */
     bool closing;
     struct winnow_core_stats stats;
 };
@@ -399,6 +407,12 @@ static inline bool winnow_op_may_degrade(const struct winnow_session *session)
 {
     return session->options.allow_degraded ||
            (session->op.request->attend.flags & WINNOW_ITEM_ALLOW_DEGRADED);
+}
+
+/* Where a launch lists blocks on disk: a step of the device has no other use for ln_m. */
+static inline uint32_t *winnow_device_disk_blocks(const struct winnow_run *run)
+{
+    return (uint32_t *)(void *)run->ln_m;
 }
 
 static inline uint32_t winnow_group_heads(const struct winnow_model_shape *shape)

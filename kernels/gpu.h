@@ -70,7 +70,7 @@ struct winnow_gpu_certificate {
     float mass_reached, mass_mean;           /* least over query heads; mean */
     uint32_t n_blocks_device, n_blocks_host; /* selected, by where they were found */
     uint32_t n_blocks_unfit; /* of those on the host, attended from there: no slot was free */
-    uint32_t n_blocks_disk;  /* selected, on disk: not attended, compensated */
+    uint32_t n_blocks_disk;  /* selected, on disk: compensated; such an item has one round */
 };
 
 /* One decode item. q, k, v are host memory of any kind, copied by decode; out, lse and certificate

@@ -17,12 +17,13 @@ static inline void sim_client_open(struct sim_client *client)
     client->model = (struct sim_model){.shape = swarm->shape[sim_below(swarm, swarm->n_shapes)],
                                        .seed = sim_below(swarm, 1 << 20),
                                        .spread = (float)sim_below(swarm, 6)};
-    client->options =
-        (struct winnow_session_options){.policy = 1 + (uint32_t)sim_below(swarm, 4),
-                                        .mass = mass[sim_below(swarm, 5)],
-                                        .n_sinks = 16 * (1 + (uint32_t)sim_below(swarm, 4)),
-                                        .strict = sim_chance(swarm, 0.2),
-                                        .allow_degraded = sim_chance(swarm, 0.2)};
+    client->options = (struct winnow_session_options){
+        .policy = swarm->by_gpu && sim_chance(swarm, 0.8) ? WINNOW_POLICY_CODES
+                                                          : 1 + (uint32_t)sim_below(swarm, 4),
+        .mass = mass[sim_below(swarm, 5)],
+        .n_sinks = 16 * (1 + (uint32_t)sim_below(swarm, 4)),
+        .strict = sim_chance(swarm, 0.2),
+        .allow_degraded = sim_chance(swarm, 0.2)};
     struct sim_call *call = sim_call_make(client, WINNOW_REQUEST_OPEN);
     call->request.open.shape = client->model.shape;
     call->request.open.options = client->options;

@@ -20,11 +20,12 @@ static inline uint64_t sim_pages(size_t n_bytes)
 }
 
 /* A block's tokens are those of the content, at the places that the core has for them. */
-static inline void sim_block_check(const struct sim_model *model, const struct winnow_core *core,
-                                   uint32_t layer, uint32_t head, const void *block, uint32_t n,
+static inline void sim_block_check(const struct sim_model *model,
+                                   const struct winnow_model_shape *shape,
+                                   const struct winnow_core *core, uint32_t layer, uint32_t head,
+                                   const void *block, uint32_t n,
                                    const uint64_t token[WINNOW_BLOCK_TOKENS])
 {
-    const struct winnow_model_shape *shape = &model->shape;
     static float k[WINNOW_BLOCK_TOKENS * WINNOW_WIDTH_MAX], v[sizeof k / sizeof *k];
     float row[WINNOW_WIDTH_MAX];
     core->options.kernels->block_unpack(shape, block, k, v);
@@ -51,7 +52,7 @@ static inline void sim_segment_check(const struct sim_model *model, const struct
             of_block[j] = token[segment->first_token + at];
         }
         if (place[b])
-            sim_block_check(model, core, layer, head,
+            sim_block_check(model, &segment->shape, core, layer, head,
                             winnow_arena_data(core->tiers.arena, place[b] - 1), WINNOW_BLOCK_TOKENS,
                             of_block);
     }
@@ -70,8 +71,8 @@ static inline void sim_bytes_check(const struct sim_model *model, const struct w
         CHECK(at < state->held);
         uint32_t n = state->held - at < WINNOW_BLOCK_TOKENS ? (uint32_t)(state->held - at)
                                                             : WINNOW_BLOCK_TOKENS;
-        sim_block_check(model, core, layer, head, winnow_context_block(context, layer, head, i), n,
-                        token + at);
+        sim_block_check(model, &context->shape, core, layer, head,
+                        winnow_context_block(context, layer, head, i), n, token + at);
     }
     for (uint32_t k = 0; k < state->n_segments; k++)
         sim_segment_check(model, core, context->segment[k], layer, head, token);

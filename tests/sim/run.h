@@ -14,6 +14,7 @@ enum sim_manner {
     SIM_AT_LEISURE, /* everything, at moderate rates */
     SIM_STORM,      /* much disk, and a fault on every few reads */
     SIM_SMALL,      /* the reference kernels, little of everything */
+    SIM_BY_GPU,     /* a GPU too, that may be lost */
 };
 
 static inline struct winnow_model_shape sim_shape_draw(struct sim_swarm *swarm, bool wide,
@@ -38,9 +39,9 @@ static inline struct winnow_model_shape sim_shape_draw(struct sim_swarm *swarm, 
         .k_width = k_width,
         .v_width = v_width,
         .softmax_scale = 1 / sqrtf((float)k_width),
-        .kv_dtype = wide ? WINNOW_FP32 : 1 + (uint32_t)sim_below(swarm, 3),
-        .io_dtype = 1 + (uint32_t)sim_below(swarm, 3),
-        .block_layout = WINNOW_BLOCK_LAYOUT};
+        .kv_dtype = wide ? (manner == SIM_BY_GPU ? WINNOW_FP16 : WINNOW_FP32)
+                         : 1 + (uint32_t)sim_below(swarm, 3),
+        .io_dtype = 1 + (uint32_t)sim_below(swarm, 3)};
 }
 
 static inline struct winnow_sim_options sim_disk_draw(struct sim_swarm *swarm, uint64_t seed)
@@ -77,7 +78,8 @@ static inline void sim_swarm_init(struct sim_swarm *swarm, uint64_t seed, enum s
     *swarm = (struct sim_swarm){.trace = getenv("WINNOW_SIM_TRACE")};
     swarm->ended_last = &swarm->ended_first;
     winnow_rng_init(&swarm->rng, seed);
-    bool wide = manner == SIM_STORM || (manner == SIM_AT_LEISURE && sim_chance(swarm, 0.7));
+    bool wide = manner == SIM_STORM || (manner != SIM_SMALL && sim_chance(swarm, 0.7));
+    swarm->by_gpu = manner == SIM_BY_GPU;
     swarm->window_max = manner == SIM_SMALL ? 100 : SIM_WINDOW_MAX;
     swarm->n_shapes = 1 + sim_below(swarm, 3);
     for (uint32_t i = 0; i < swarm->n_shapes; i++)
@@ -103,6 +105,12 @@ static inline void sim_swarm_init(struct sim_swarm *swarm, uint64_t seed, enum s
         options.index_memory_bytes = 16 << 20;
         options.disk = winnow_sim_defaults(seed + 2);
         options.disk.late_ns = 20 * WINNOW_NS_PER_MS;
+    }
+    if (manner == SIM_BY_GPU) {
+        options.gpu_memory_bytes = (4 + 4 * sim_below(swarm, 12)) << 20;
+        options.gpu_fails_after = sim_chance(swarm, 0.3) ? 1 + sim_below(swarm, 4000) : 0;
+        options.index_memory_bytes = 16 << 20;
+        options.dense_below = 0;
     }
     sim_trouble_draw(swarm, &options.disk, manner);
     sim_world_init(&swarm->world, &options);

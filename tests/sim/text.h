@@ -31,8 +31,7 @@ static inline struct winnow_model_shape sim_shape(uint32_t n_layers, uint32_t n_
                                        .v_width = width,
                                        .softmax_scale = 1 / sqrtf((float)width),
                                        .kv_dtype = kv_dtype,
-                                       .io_dtype = WINNOW_FP32,
-                                       .block_layout = WINNOW_BLOCK_LAYOUT};
+                                       .io_dtype = WINNOW_FP32};
 }
 
 static inline void sim_text_init(struct sim_text *text, struct sim_world *world,

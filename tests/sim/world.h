@@ -11,6 +11,8 @@
  */
 #pragma once
 
+#include "gpu.h"
+
 #include <base/clock.h>
 #include <base/rng.h>
 #include <base/team.h>
@@ -29,6 +31,8 @@ struct sim_options {
     uint32_t n_sessions_max, n_steps_max;         /* 0: 16 each */
     uint64_t n_tokens_max;                        /* 0: 65,536 */
     const char *kernels;                          /* NULL: the fastest */
+    uint64_t gpu_memory_bytes;                    /* 0: no GPU; else one of the same kernels */
+    uint64_t gpu_fails_after;                     /* calls until it is lost; 0: never */
     bool shuffled;                  /* actors and items in an order by chance; else a fixed one */
     int64_t jitter_ns;              /* an actor that is woken comes up to so much later */
     double builds_lazy;             /* chance that the worker leaves the builds for later */
@@ -221,6 +225,14 @@ static inline void sim_core_init(struct sim_world *world)
     if (options->block_ns) {
         sim_timed = world;
         world->kernels.attend_partial = sim_attend_partial;
+    }
+    if (options->gpu_memory_bytes) {
+        sim_gpu = (struct sim_gpu){.kernels = world->real_kernels,
+                                   .rng = options->shuffled ? &world->rng : NULL,
+                                   .fails_after = options->gpu_fails_after};
+        core.gpu = &sim_gpu_api;
+        core.n_gpu_sessions_max = 4;
+        core.gpu_memory_bytes = options->gpu_memory_bytes;
     }
     if (winnow_core_create(&core, &world->core, text) < 0)
         test_fail(__FILE__, __LINE__, text);

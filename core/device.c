@@ -1,0 +1,343 @@
+// What the device has: memory for one shape, and copies of what the host keeps, brought up to date
+// before a launch.
+#include <base/alloc.h>
+#include <base/assert.h>
+#include <core/device.h>
+#include <core/session.h>
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+
+enum { CACHE_OF_KV = 10 }; /* one block in so many of those indexed has a slot */
+
+// --- slots --------------------------------------------------------------------------------------
+
+static int slots_init(struct winnow_slots *slots, uint32_t n)
+{
+    slots->free = winnow_alloc_array(n, sizeof *slots->free);
+    if (!slots->free)
+        return -ENOMEM;
+    for (slots->n_free = 0; slots->n_free < n; slots->n_free++)
+        slots->free[slots->n_free] = n - 1 - slots->n_free;
+    return 0;
+}
+
+/* Number + 1; 0: all are taken. */
+static uint32_t slots_take(struct winnow_slots *slots)
+{
+    return slots->n_free ? slots->free[--slots->n_free] + 1 : 0;
+}
+
+static void slots_give(struct winnow_slots *slots, uint32_t number_plus_1)
+{
+    slots->free[slots->n_free++] = number_plus_1 - 1;
+}
+
+// --- one shape at a time ------------------------------------------------------------------------
+
+static uint64_t sizes_sum(const struct winnow_gpu_sizes *sizes)
+{
+    return sizes->index_bytes + sizes->tail_bytes + sizes->cache_bytes + sizes->scratch_bytes +
+           sizes->other_bytes;
+}
+
+/* As if n_segments were indexed: everything else follows from it. */
+static bool options_fit(const struct winnow_device *device, struct winnow_gpu_options *options,
+                        uint32_t n_segments)
+{
+    const struct winnow_model_shape *shape = &options->shape;
+    uint32_t n_span = options->segment_tokens / WINNOW_BLOCK_TOKENS;
+    uint64_t n_blocks = (uint64_t)n_segments * n_span * shape->n_kv_heads * shape->n_layers;
+    struct winnow_gpu_sizes sizes;
+    char text[256];
+    if (n_blocks / CACHE_OF_KV > INT32_MAX || n_blocks > UINT32_MAX)
+        return false;
+    options->n_segments_max = n_segments;
+    options->n_slots = (uint32_t)(n_blocks / CACHE_OF_KV);
+    options->n_launch_blocks_max = (uint64_t)n_segments * n_span;
+    return device->api->sizes(options, &sizes, text) == 0 &&
+           sizes_sum(&sizes) <= device->memory_bytes;
+}
+
+/* The most segments whose index, with a cache in proportion, the device's memory holds. */
+static bool options_choose(const struct winnow_core *core, const struct winnow_model_shape *shape,
+                           uint32_t n_sinks, struct winnow_gpu_options *options)
+{
+    uint32_t fits = 0, S = core->options.segment_tokens;
+    uint64_t n_of_context = core->options.n_tokens_max / S + 1;
+    *options = (struct winnow_gpu_options){
+        .shape = *shape,
+        .segment_tokens = S,
+        .n_sinks = n_sinks,
+        .n_sessions_max = core->options.n_gpu_sessions_max,
+        .n_session_segments_max = (uint32_t)n_of_context,
+        .n_items_max =
+            core->n_runs_max < WINNOW_GPU_ITEMS_MAX ? core->n_runs_max : WINNOW_GPU_ITEMS_MAX,
+    };
+    options->shape.block_layout = WINNOW_BLOCK_FRAGMENTS;
+    for (uint32_t bit = UINT32_C(1) << 24; bit; bit /= 2)
+        if (options_fit(core->tiers.device, options, fits + bit))
+            fits += bit;
+    return fits > 0 && options_fit(core->tiers.device, options, fits);
+}
+
+static void gpu_destroy(struct winnow_device *device)
+{
+    device->api->destroy(device->gpu);
+    device->gpu = NULL;
+    winnow_alloc_free(device->session_slots.free);
+    winnow_alloc_free(device->segment_slots.free);
+    winnow_alloc_free(device->views);
+    winnow_alloc_free(device->homes);
+    winnow_alloc_free(device->block_idx);
+    winnow_alloc_free(device->tail);
+    device->session_slots = device->segment_slots = (struct winnow_slots){0};
+    device->views = NULL;
+    device->homes = device->block_idx = NULL;
+    device->tail = NULL;
+}
+
+static bool gpu_create(struct winnow_core *core, const struct winnow_model_shape *shape,
+                       uint32_t n_sinks)
+{
+    struct winnow_device *device = core->tiers.device;
+    char text[256];
+    if (!options_choose(core, shape, n_sinks, &device->shape_options))
+        return false;
+    const struct winnow_gpu_options *options = &device->shape_options;
+    size_t n_heads = shape->n_kv_heads;
+    size_t n_blocks = n_heads * (options->segment_tokens / WINNOW_BLOCK_TOKENS);
+    device->views = winnow_alloc_array(n_heads, sizeof *device->views);
+    device->homes = winnow_alloc_array(n_blocks, sizeof *device->homes);
+    device->block_idx = winnow_alloc_array(n_blocks, sizeof *device->block_idx);
+    device->tail = winnow_alloc_array(n_heads, sizeof *device->tail);
+    if (!device->views || !device->homes || !device->block_idx || !device->tail ||
+        slots_init(&device->session_slots, options->n_sessions_max) < 0 ||
+        slots_init(&device->segment_slots, options->n_segments_max) < 0 ||
+        device->api->create(device->device, options, &device->gpu, text) < 0) {
+        gpu_destroy(device);
+        return false;
+    }
+    for (uint32_t i = 0; i < n_blocks; i++)
+        device->block_idx[i] = i;
+    return true;
+}
+
+int winnow_device_create(struct winnow_core *core, struct winnow_device **ret_device,
+                         char text[256])
+{
+    size_t arena_bytes;
+    void *arena = winnow_arena_base(core->tiers.arena, &arena_bytes);
+    snprintf(text, 256, "no memory for the device's tables");
+    struct winnow_device *device = winnow_alloc(sizeof *device);
+    if (!device)
+        return -ENOMEM;
+    device->api = core->options.gpu;
+    device->memory_bytes = core->options.gpu_memory_bytes;
+    device->waiting = winnow_alloc_array(core->n_runs_max, sizeof(struct winnow_session *));
+    int rc = device->waiting ? device->api->open(core->options.gpu_ordinal, device->memory_bytes,
+                                                 arena, arena_bytes, &device->device, text)
+                             : -ENOMEM;
+    if (rc < 0) {
+        winnow_device_destroy(device);
+        return rc;
+    }
+    *ret_device = device;
+    return 0;
+}
+
+void winnow_device_destroy(struct winnow_device *device)
+{
+    if (!device)
+        return;
+    gpu_destroy(device);
+    device->api->close(device->device);
+    winnow_alloc_free(device->waiting);
+    winnow_alloc_free(device);
+}
+
+static bool same_shape(const struct winnow_model_shape *a, const struct winnow_model_shape *b)
+{
+    return a->n_layers == b->n_layers && a->n_q_heads == b->n_q_heads &&
+           a->n_kv_heads == b->n_kv_heads && a->k_width == b->k_width && a->v_width == b->v_width &&
+           a->softmax_scale == b->softmax_scale && a->kv_dtype == b->kv_dtype &&
+           a->io_dtype == b->io_dtype;
+}
+
+bool winnow_device_wants(const struct winnow_core *core, const struct winnow_model_shape *shape,
+                         const struct winnow_session_options *options)
+{
+    const struct winnow_device *device = core->tiers.device;
+    struct winnow_gpu_options chosen;
+    if (!device || device->lost || shape->kv_dtype == WINNOW_FP32 ||
+        options->policy != WINNOW_POLICY_CODES)
+        return false;
+    if (device->gpu)
+        return device->session_slots.n_free > 0 &&
+               device->shape_options.n_sinks == options->n_sinks &&
+               same_shape(&device->shape_options.shape, shape);
+    return options_choose(core, shape, options->n_sinks, &chosen);
+}
+
+void winnow_device_join(struct winnow_core *core, struct winnow_session *session)
+{
+    struct winnow_device *device = core->tiers.device;
+    const struct winnow_context *context = session->context;
+    if (!device || device->lost || context->shape.block_layout != WINNOW_BLOCK_FRAGMENTS)
+        return;
+    if (!device->gpu && !gpu_create(core, &context->shape, context->n_sinks))
+        return;
+    if (!same_shape(&device->shape_options.shape, &context->shape) ||
+        device->shape_options.n_sinks != context->n_sinks)
+        return;
+    session->device_segments =
+        winnow_alloc_array(context->n_segments_max, sizeof *session->device_segments);
+    if (session->device_segments)
+        session->device_slot = slots_take(&device->session_slots);
+    device->n_sessions += session->device_slot != 0;
+}
+
+void winnow_device_leave(struct winnow_core *core, struct winnow_session *session)
+{
+    struct winnow_device *device = core->tiers.device;
+    winnow_alloc_free(session->device_segments);
+    session->device_segments = NULL;
+    if (!session->device_slot)
+        return;
+    slots_give(&device->session_slots, session->device_slot);
+    session->device_slot = 0;
+    device->n_sessions--;
+}
+
+void winnow_device_segment_end(struct winnow_device *device, struct winnow_segment *segment)
+{
+    if (!segment->device_slot)
+        return;
+    if (!device->lost && device->api->segment_drop(device->gpu, segment->device_slot - 1) < 0)
+        device->lost = true;
+    slots_give(&device->segment_slots, segment->device_slot);
+    segment->device_slot = 0;
+}
+
+void winnow_device_shape_end(struct winnow_device *device)
+{
+    if (device->gpu && device->n_sessions == 0 && device->n_launches == 0 &&
+        device->segment_slots.n_free == device->shape_options.n_segments_max)
+        gpu_destroy(device);
+}
+
+// --- what the device has is brought up to date --------------------------------------------------
+
+static uint32_t home_of(const struct winnow_core *core, uint32_t place)
+{
+    size_t arena_bytes;
+    const uint8_t *base = winnow_arena_base(core->tiers.arena, &arena_bytes);
+    if (!place)
+        return WINNOW_GPU_ON_DISK;
+    const uint8_t *data = winnow_arena_data(core->tiers.arena, place - 1);
+    return (uint32_t)((size_t)(data - base) / WINNOW_PAGE_BYTES);
+}
+
+static int segment_sync(struct winnow_core *core, struct winnow_segment *segment, uint32_t layer)
+{
+    struct winnow_device *device = core->tiers.device;
+    struct winnow_segment_layer *state = &segment->layer[layer];
+    uint32_t n_heads = segment->shape.n_kv_heads, n = n_heads * segment->n_blocks;
+    const uint32_t *place = winnow_segment_place(segment, layer);
+    if (!segment->device_slot)
+        segment->device_slot = slots_take(&device->segment_slots);
+    if (!segment->device_slot)
+        return -EDQUOT;
+    if (state->on_device && !state->homes_stale)
+        return 0;
+    for (uint32_t i = 0; i < n; i++)
+        device->homes[i] = home_of(core, place[i]);
+    int rc;
+    if (state->on_device) {
+        rc = device->api->homes_set(device->gpu, segment->device_slot - 1, layer, n,
+                                    device->block_idx, device->homes);
+    } else {
+        for (uint32_t head = 0; head < n_heads; head++)
+            winnow_segment_view(segment, layer, head, &device->views[head]);
+        rc = device->api->segment_put(device->gpu, segment->device_slot - 1, layer, device->views,
+                                      device->homes);
+    }
+    state->on_device = rc == 0;
+    state->homes_stale = false;
+    return rc;
+}
+
+static int segments_sync(struct winnow_core *core, struct winnow_session *session)
+{
+    struct winnow_device *device = core->tiers.device;
+    struct winnow_context *context = session->context;
+    uint32_t n = context->layer[session->op.layer].n_segments,
+             n_listed = session->n_device_segments;
+    bool same = n <= n_listed;
+    for (uint32_t k = 0; k < n; k++) {
+        int rc = segment_sync(core, context->segment[k], session->op.layer);
+        if (rc < 0)
+            return rc;
+        uint32_t slot = context->segment[k]->device_slot - 1;
+        same &= k < n_listed && session->device_segments[k] == slot;
+        session->device_segments[k] = slot;
+    }
+    if (same)
+        return 0;
+    session->n_device_segments = n;
+    return device->api->session_set(device->gpu, session->device_slot - 1, n,
+                                    session->device_segments);
+}
+
+/* Resident blocks with tokens from on_device up to n_tokens. */
+static int tail_sync(struct winnow_core *core, struct winnow_session *session, uint64_t n_tokens)
+{
+    struct winnow_device *device = core->tiers.device;
+    struct winnow_context *context = session->context;
+    uint32_t layer = session->op.layer;
+    struct winnow_session_layer *state = &session->layer[layer];
+    for (uint32_t i = 0; i < context->layer[layer].n_blocks; i++) {
+        uint64_t at = winnow_context_position_of(context, layer, i);
+        uint32_t number = (uint32_t)(at / WINNOW_BLOCK_TOKENS);
+        if (at + WINNOW_BLOCK_TOKENS <= state->on_device || at >= n_tokens)
+            continue;
+        for (uint32_t head = 0; head < context->shape.n_kv_heads; head++)
+            device->tail[head] = winnow_context_block(context, layer, head, i);
+        int rc = device->api->tail_put(device->gpu, session->device_slot - 1, layer, 1, &number,
+                                       device->tail);
+        if (rc < 0)
+            return rc;
+    }
+    if (n_tokens > state->on_device)
+        state->on_device = n_tokens;
+    return 0;
+}
+
+int winnow_device_sync(struct winnow_core *core, struct winnow_session *session,
+                       struct winnow_gpu_item *item, struct winnow_gpu_certificate *certificate)
+{
+    const struct winnow_op *op = &session->op;
+    const struct winnow_request *request = op->request;
+    const struct winnow_context_layer *layer = &session->context->layer[op->layer];
+    bool appends = (request->attend.flags & WINNOW_ITEM_HAS_KV) &&
+                   session->layer[op->layer].on_device < layer->held;
+    int rc = segments_sync(core, session);
+    if (rc == 0)
+        rc = tail_sync(core, session, layer->held - appends);
+    *item = (struct winnow_gpu_item){
+        .session = session->device_slot - 1,
+        .layer = op->layer,
+        .n_segments = layer->n_segments,
+        .n_tokens = layer->held,
+        .mass = op->mass,
+        .q = request->attend.q,
+        .k = appends ? request->attend.k : NULL,
+        .v = appends ? request->attend.v : NULL,
+        .out = request->attend.out,
+        .lse = request->attend.lse,
+        .certificate = certificate,
+        .disk_block = winnow_device_disk_blocks(op->run),
+        .n_disk_block_max = op->run->n_blocks * session->context->shape.n_kv_heads,
+    };
+    return rc;
+}

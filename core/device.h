@@ -1,0 +1,98 @@
+/*
+ * Device: decode steps that a GPU takes (kernels/gpu.h). The host keeps all it keeps without one,
+ * index and blocks; the device gets copies, lazily, before the launch that needs them:
+ *
+ *   index of a segment's layer   when a step of that layer first sees it in force
+ *   homes of its blocks          when the cache admitted or evicted some since the last launch
+ *   tail blocks                  those that tokens joined without the device (windows, truncate, fork)
+ *
+ * So a lost device loses nothing: its sessions' steps, the one under way too, are the CPU's from
+ * then on (same blocks, block layout 2, same index). The CPU also takes what launches do not: whole
+ * reads (mass 1, short contexts), other policies than `codes`, budgets.
+ *
+ * A step is launched as soon as the loop sees it; what waits together goes together. Selected blocks
+ * that lie on disk are reported, read into the cache and pinned, and the step is launched again: its
+ * selection is the same, so are its bits. Rejected: a mailbox that kernels poll; a disk's 100 us
+ * hide a second scan.
+ *
+ * While a launch is out it may read any block at home: the arena evicts nothing then.
+ *
+ * One model shape at a time, that of the first session; the device's memory is carved anew when the
+ * last of them has gone. Thread: owner.
+ */
+#pragma once
+
+#include <core/core.h>
+
+struct winnow_session;
+struct winnow_segment;
+
+enum { WINNOW_N_LAUNCHES = 2 }; /* out at once */
+
+struct winnow_launch {
+    int64_t ticket; /* 0: none */
+    uint32_t n;
+    struct winnow_session *session[WINNOW_GPU_ITEMS_MAX];
+    struct winnow_gpu_certificate certificate[WINNOW_GPU_ITEMS_MAX];
+};
+
+/* Numbers below n that are taken and given back. */
+struct winnow_slots {
+    uint32_t n_free;
+    uint32_t *free; /* [n] */
+};
+
+struct winnow_device {
+    const struct winnow_gpu_api *api;
+    struct winnow_gpu_device *device;
+    struct winnow_gpu *gpu; /* NULL: no session is open */
+    struct winnow_gpu_options shape_options;
+    uint64_t memory_bytes;
+    bool lost;
+    uint32_t n_sessions;
+    struct winnow_slots session_slots, segment_slots;
+    struct winnow_launch launch[WINNOW_N_LAUNCHES];
+    uint32_t launch_first, n_launches; /* oldest out */
+    struct winnow_session **waiting;   /* [n_runs_max] */
+    uint32_t n_waiting;
+    struct winnow_gpu_item item[WINNOW_GPU_ITEMS_MAX];
+    struct winnow_index_view *views; /* [n_kv_heads] */
+    uint32_t *homes;                 /* [n_kv_heads][S / 16] */
+    uint32_t *block_idx;             /* the same: 0, 1, 2 .. */
+    const void **tail;               /* [n_kv_heads] */
+};
+
+/* --- device.c --- */
+/* With the options' gpu, over the core's arena. 0; or with a line in text what gpu.open returns. */
+int winnow_device_create(struct winnow_core *core, struct winnow_device **ret_device,
+                         char text[256]);
+void winnow_device_destroy(struct winnow_device *device); /* NULL is fine */
+
+/* A new session of this shape would have its steps taken: its blocks are of layout 2. */
+bool winnow_device_wants(const struct winnow_core *core, const struct winnow_model_shape *shape,
+                         const struct winnow_session_options *options);
+/* Takes a slot for the session, as far as there is one. */
+void winnow_device_join(struct winnow_core *core, struct winnow_session *session);
+void winnow_device_leave(struct winnow_core *core, struct winnow_session *session);
+/* The segment's last holder goes. device: NULL is fine where the segment has no slot. */
+void winnow_device_segment_end(struct winnow_device *device, struct winnow_segment *segment);
+
+/* Everything that the step's launch reads is brought there; the item says what is left to append.
+ * 0; -EDQUOT: the device has no room; -EIO. */
+int winnow_device_sync(struct winnow_core *core, struct winnow_session *session,
+                       struct winnow_gpu_item *item, struct winnow_gpu_certificate *certificate);
+/* When the last session has gone, its segments with it, the memory is for the next shape. */
+void winnow_device_shape_end(struct winnow_device *device);
+
+/* --- launch.c --- */
+/* The step, its token appended: true when the device takes it. */
+bool winnow_device_begin(struct winnow_core *core, struct winnow_session *session);
+/* The device's answer will not do (strict, and short): the CPU reads the layer whole. */
+void winnow_device_refuse(struct winnow_core *core, struct winnow_session *session);
+/* A step in WINNOW_OP_DEVICE or WINNOW_OP_DEVICE_READ. True: the CPU goes on with it. */
+bool winnow_device_advance(struct winnow_core *core, struct winnow_session *session);
+/* Launches what waits, takes what is complete. True: something was. */
+bool winnow_device_poll(struct winnow_core *core);
+/* Launches are out: the loop should come again at once. */
+bool winnow_device_busy(const struct winnow_device *device); /* NULL is fine */
+bool winnow_device_lost(const struct winnow_device *device); /* NULL is fine */

@@ -1,0 +1,229 @@
+// Launches: steps that wait go to the device together, and come back with an answer, with blocks to
+// read from disk, or not at all.
+#include <base/assert.h>
+#include <core/session.h>
+#include <errno.h>
+#include <string.h>
+
+enum { N_READS_MAX = 4 }; /* of a step: two rounds want some, another step may take one's place */
+
+static void blocks_release(struct winnow_core *core, struct winnow_session *session)
+{
+    struct winnow_op *op = &session->op;
+    for (; op->group_first < op->group_next; op->group_first++)
+        winnow_group_release(core, session, &op->run->group[op->group_first % WINNOW_N_GROUPS]);
+}
+
+/* The step goes on without the device, from its beginning. */
+static void to_cpu(struct winnow_core *core, struct winnow_session *session)
+{
+    struct winnow_op *op = &session->op;
+    struct winnow_core_certificate *c = &op->certificate;
+    blocks_release(core, session);
+    c->n_blocks_host = c->n_blocks_disk = c->n_blocks_missed = 0; /* those it will find */
+    op->state = WINNOW_OP_BUILD;
+    op->on_cpu = true;
+    op->by_device = false;
+    core->progress = true;
+}
+
+void winnow_device_refuse(struct winnow_core *core, struct winnow_session *session)
+{
+    session->op.mass = 1;
+    to_cpu(core, session);
+}
+
+/* Nothing that is out will come back: the CPU takes all of it. */
+static void lose(struct winnow_core *core)
+{
+    struct winnow_device *device = core->tiers.device;
+    device->lost = true;
+    for (; device->n_launches; device->n_launches--) {
+        struct winnow_launch *launch = &device->launch[device->launch_first];
+        device->launch_first = (device->launch_first + 1) % WINNOW_N_LAUNCHES;
+        for (uint32_t i = 0; i < launch->n; i++) {
+            launch->session[i]->op.n_items--;
+            to_cpu(core, launch->session[i]);
+        }
+    }
+    while (device->n_waiting) {
+        struct winnow_session *session = device->waiting[--device->n_waiting];
+        session->op.n_items--;
+        to_cpu(core, session);
+    }
+    winnow_arena_freeze(core->tiers.arena, false);
+}
+
+static void wait_for_launch(struct winnow_core *core, struct winnow_session *session)
+{
+    struct winnow_device *device = core->tiers.device;
+    session->op.state = WINNOW_OP_DEVICE;
+    session->op.n_items++;
+    device->waiting[device->n_waiting++] = session;
+    core->progress = true;
+}
+
+bool winnow_device_begin(struct winnow_core *core, struct winnow_session *session)
+{
+    struct winnow_op *op = &session->op;
+    const struct winnow_context *context = session->context;
+    uint32_t n_blocks =
+        context->layer[op->layer].n_segments * (context->segment_tokens / WINNOW_BLOCK_TOKENS);
+    uint64_t n_sealed = (uint64_t)n_blocks * WINNOW_BLOCK_TOKENS;
+    if (!session->device_slot || core->tiers.device->lost || op->on_cpu || op->mass >= 1 ||
+        op->policy != WINNOW_POLICY_CODES || op->n_blocks_max ||
+        (op->request->attend.flags & WINNOW_ITEM_EXACT) || n_sealed < core->options.dense_below ||
+        n_sealed == 0)
+        return false;
+    if (winnow_run_prepare(core, op->run, session, n_blocks) < 0)
+        return false; /* and the CPU's way says what is short */
+    op->certificate.n_blocks_total = context->shape.n_kv_heads * n_blocks;
+    wait_for_launch(core, session);
+    return true;
+}
+
+/* As many of those that wait as one launch takes. False: none, or the device is lost. */
+static bool launch_send(struct winnow_core *core)
+{
+    struct winnow_device *device = core->tiers.device;
+    struct winnow_launch *launch =
+        &device->launch[(device->launch_first + device->n_launches) % WINNOW_N_LAUNCHES];
+    uint64_t n_blocks = 0;
+    uint32_t n_sent = 0;
+    launch->n = 0;
+    for (; n_sent < device->n_waiting && launch->n < device->shape_options.n_items_max; n_sent++) {
+        struct winnow_session *session = device->waiting[n_sent];
+        n_blocks += session->op.run->n_blocks;
+        if (launch->n && n_blocks > device->shape_options.n_launch_blocks_max)
+            break;
+        int rc = winnow_device_sync(core, session, &device->item[launch->n],
+                                    &launch->certificate[launch->n]);
+        if (rc == -EIO) {
+            lose(core);
+            return false;
+        }
+        if (rc == 0) {
+            launch->session[launch->n++] = session;
+            continue;
+        }
+        session->op.n_items--;
+        to_cpu(core, session);
+    }
+    device->n_waiting -= n_sent;
+    memmove(device->waiting, device->waiting + n_sent, device->n_waiting * sizeof *device->waiting);
+    if (launch->n == 0)
+        return n_sent > 0;
+    launch->ticket = device->api->decode(device->gpu, launch->n, device->item);
+    winnow_assert(launch->ticket > 0 || launch->ticket == -EIO);
+    device->n_launches++;
+    if (launch->ticket < 0) {
+        lose(core);
+        return false;
+    }
+    winnow_arena_freeze(core->tiers.arena, true);
+    return true;
+}
+
+/* The blocks that lie on disk are read as a plan's are. */
+static void disk_begin(struct winnow_session *session, uint32_t n_disk)
+{
+    struct winnow_op *op = &session->op;
+    const struct winnow_run *run = op->run;
+    const uint32_t *block = winnow_device_disk_blocks(run);
+    for (uint32_t head = 0; head < session->context->shape.n_kv_heads; head++)
+        memset(run->selection[head].selected, 0, run->n_blocks);
+    for (uint32_t i = 0; i < n_disk; i++)
+        run->selection[block[i] / run->n_blocks].selected[block[i] % run->n_blocks] = 1;
+    winnow_plan_begin(session, 1, false);
+    op->state = WINNOW_OP_DEVICE_READ;
+}
+
+static void step_done(struct winnow_core *core, struct winnow_session *session,
+                      const struct winnow_gpu_certificate *from)
+{
+    struct winnow_op *op = &session->op;
+    struct winnow_core_certificate *c = &op->certificate;
+    op->n_items--;
+    session->layer[op->layer].on_device = session->context->layer[op->layer].held;
+    core->progress = true;
+    if (from->status == EDOM)
+        winnow_op_fail(op, -EDOM, "a result is not finite: layer %u. hint: the model's dtype",
+                       op->layer);
+    else if (from->status)
+        winnow_op_fail(op, -EIO, "the device refused the step: layer %u", op->layer);
+    if (op->failure < 0)
+        return;
+    if (from->n_blocks_disk > c->n_blocks_missed) {
+        if (op->n_device_reads++ < N_READS_MAX)
+            disk_begin(session, from->n_blocks_disk);
+        else
+            to_cpu(core, session);
+        return;
+    }
+    blocks_release(core, session);
+    c->mass_reached = from->mass_reached;
+    c->mass_mean = from->mass_mean;
+    c->n_rounds = from->n_rounds;
+    c->n_blocks_device = from->n_blocks_device;
+    c->n_blocks_host =
+        from->n_blocks_host > c->n_blocks_disk ? from->n_blocks_host - c->n_blocks_disk : 0;
+    op->by_device = true;
+    op->state = WINNOW_OP_STRICT;
+}
+
+bool winnow_device_advance(struct winnow_core *core, struct winnow_session *session)
+{
+    struct winnow_op *op = &session->op;
+    if (op->state != WINNOW_OP_DEVICE_READ)
+        return false;
+    if (!op->fill_done)
+        winnow_plan_fill(core, session);
+    if (op->n_loads > 0)
+        return false;
+    if (op->fill_done && !core->tiers.device->lost) /* all are in the cache, and pinned */
+        wait_for_launch(core, session);
+    else if (!winnow_device_busy(core->tiers.device)) /* then nothing is evicted */
+        to_cpu(core, session);                        /* too many at once: it reads in waves */
+    return op->state == WINNOW_OP_BUILD;
+}
+
+static bool launch_take(struct winnow_core *core)
+{
+    struct winnow_device *device = core->tiers.device;
+    struct winnow_launch *launch = &device->launch[device->launch_first];
+    int rc = device->n_launches ? device->api->poll(device->gpu, launch->ticket, false) : 0;
+    if (rc < 0)
+        lose(core);
+    if (rc <= 0)
+        return false;
+    device->launch_first = (device->launch_first + 1) % WINNOW_N_LAUNCHES;
+    if (--device->n_launches == 0)
+        winnow_arena_freeze(core->tiers.arena, false);
+    for (uint32_t i = 0; i < launch->n; i++)
+        step_done(core, launch->session[i], &launch->certificate[i]);
+    return true;
+}
+
+bool winnow_device_poll(struct winnow_core *core)
+{
+    struct winnow_device *device = core->tiers.device;
+    bool any = false;
+    if (!device)
+        return false;
+    while (launch_take(core))
+        any = true;
+    while (device->n_waiting && device->n_launches < WINNOW_N_LAUNCHES && launch_send(core))
+        any = true;
+    winnow_device_shape_end(device);
+    return any;
+}
+
+bool winnow_device_busy(const struct winnow_device *device)
+{
+    return device && device->n_launches > 0;
+}
+
+bool winnow_device_lost(const struct winnow_device *device)
+{
+    return device && device->lost;
+}

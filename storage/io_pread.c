@@ -15,7 +15,7 @@
 #include <storage/io_files.h>
 #include <unistd.h>
 
-enum { N_THREADS_MAX = 32, STACK_BYTES = 256 << 10, PAGE_BYTES = 4096 };
+enum { N_THREADS_MAX = 32, STACK_BYTES = 256 << 10, PAGE_BYTES = 4096, N_INTERRUPTS_MAX = 8 };
 
 struct pread_io {
     struct winnow_io_files files; /* first: the table's calls on names take it */
@@ -36,6 +36,7 @@ static int32_t op_run(struct pread_io *io, const struct winnow_io_op *op)
     int fd = io->files.fd[op->file_idx];
     off_t offset = (off_t)op->offset_bytes;
     ssize_t rc;
+    uint32_t n_tries = 0;
     do {
         switch (op->kind) {
         case WINNOW_IO_READ:
@@ -52,7 +53,7 @@ static int32_t op_run(struct pread_io *io, const struct winnow_io_op *op)
             winnow_assert(op->kind == WINNOW_IO_ALLOCATE);
             rc = fallocate(fd, 0, offset, (off_t)op->n_bytes * PAGE_BYTES);
         }
-    } while (rc < 0 && errno == EINTR);
+    } while (rc < 0 && errno == EINTR && ++n_tries < N_INTERRUPTS_MAX);
     return rc < 0 ? -errno : (int32_t)rc;
 }
 

@@ -177,6 +177,9 @@ static void set_defaults(struct reader *reader)
         .n_tokens_max = 1 << 20,
         .io_method = "auto",
         .kernels = "auto",
+        .gpu = "auto",
+        .gpu_memory_bytes = UINT64_C(4) << 30,
+        .n_gpu_sessions = 8,
         .allow_uids = {.n = 1, .uid = {geteuid()}},
     };
     set_paths(config);

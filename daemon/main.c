@@ -48,7 +48,8 @@ struct daemon {
     struct winnow_store *store;
     struct winnow_listener *listener;
     int signal_fd;
-    int served_fd; /* eventfd: the serving thread has ended */
+    int served_fd;                    /* eventfd: the serving thread has ended */
+    const struct winnow_gpu_api *gpu; /* NULL: none */
 };
 
 extern char **environ;
@@ -140,6 +141,26 @@ static int block_signals(struct daemon *daemon)
     return daemon->signal_fd < 0 ? -errno : 0;
 }
 
+/* Finds the GPU, or that there is none. Before anything is measured: its driver takes memory too. */
+static int find_gpu(struct daemon *daemon)
+{
+    const struct winnow_config *config = &daemon->config;
+    bool is_required = !strcmp(config->gpu, "required");
+    char text[256] = "gpu = off";
+    const struct winnow_gpu_api *gpu =
+        strcmp(config->gpu, "off") ? winnow_gpu_load(NULL, text) : NULL;
+    if (gpu && gpu->probe(config->gpu_device, text) < 0)
+        gpu = NULL;
+    if (!gpu && is_required) {
+        fprintf(stderr, "gpu = required, but %s. from: %s. hint: gpu = auto\n", text,
+                winnow_origin(&daemon->origins, offsetof(struct winnow_config, gpu)));
+        return EXIT_CONFIG;
+    }
+    daemon->gpu = gpu;
+    winnow_log(WINNOW_LOG_NOTICE, "gpu", "used=%d text=\"%s\"", gpu != NULL, text);
+    return 0;
+}
+
 /* Team, core: all memory is reserved here. */
 static int make_core(struct daemon *daemon)
 {
@@ -165,11 +186,20 @@ static int make_core(struct daemon *daemon)
         .n_tokens_max = daemon->config.n_tokens_max,
         .kernels = daemon->kernels,
         .team = daemon->team,
+        .gpu = daemon->gpu,
+        .gpu_ordinal = daemon->config.gpu_device,
+        .gpu_memory_bytes = daemon->config.gpu_memory_bytes,
+        .n_gpu_sessions_max = daemon->config.n_gpu_sessions,
     };
     if (getrandom(&core.seed, sizeof core.seed, 0) != sizeof core.seed)
         return EXIT_SOFTWARE;
     char text[256] = "no memory";
     int rc = winnow_core_create(&core, &daemon->core, text);
+    if (rc < 0 && core.gpu && strcmp(daemon->config.gpu, "required")) {
+        winnow_log(WINNOW_LOG_WARNING, "gpu", "used=0 text=\"%s\"", text);
+        core.gpu = NULL;
+        rc = winnow_core_create(&core, &daemon->core, text);
+    }
     if (rc < 0)
         fprintf(stderr, "%s\n", text);
     return !rc ? 0 : rc == -EINVAL ? EXIT_CONFIG : EXIT_SOFTWARE;
@@ -317,6 +347,9 @@ static int run(struct daemon *daemon, enum winnow_verb verb)
         fprintf(stderr, "no memory for the RPC server. hint: a smaller host_pool\n");
         return EXIT_SOFTWARE;
     }
+    int code = find_gpu(daemon);
+    if (code)
+        return code;
     if (winnow_limits_measure(&daemon->limits) < 0) {
         fprintf(stderr, "cannot read /proc/self/status. hint: mount /proc\n");
         return EXIT_SOFTWARE;
@@ -326,7 +359,7 @@ static int run(struct daemon *daemon, enum winnow_verb verb)
                             &daemon->complaints);
     if (daemon->complaints.n)
         return complain(daemon);
-    int code = make_core(daemon);
+    code = make_core(daemon);
     if (code)
         return code;
     daemon->limits.core_bytes = winnow_core_fixed_bytes(daemon->core);

@@ -35,6 +35,9 @@ struct winnow_config {
     uint32_t segment_tokens, dense_below;
     uint32_t n_sessions_max, n_tokens_max;
     char io_method[WINNOW_WORD_BYTES], kernels[WINNOW_WORD_BYTES];
+    char gpu[WINNOW_WORD_BYTES];
+    uint64_t gpu_memory_bytes;
+    uint32_t gpu_device, n_gpu_sessions;
     struct winnow_uids allow_uids;
 };
 
@@ -57,7 +60,7 @@ struct winnow_option {
     const char *about;
 };
 
-enum { WINNOW_N_OPTIONS = 15 };
+enum { WINNOW_N_OPTIONS = 19 };
 extern const struct winnow_option winnow_options[WINNOW_N_OPTIONS];
 
 /* NULL: no such option. `name` as in the file; '-' stands for '_' too. */

@@ -190,6 +190,7 @@ struct winnow_rpc {
     struct winnow_rpc_tag wake_tag, shutdown_tag;
     uint32_t n_posted, n_open;
     bool is_draining, is_shut_down, is_stepping;
+    bool is_gpu_lost; /* told */
 
     /* Any thread sets, the serving thread reads once woken. */
     _Atomic bool is_woken;
@@ -197,7 +198,8 @@ struct winnow_rpc {
 };
 
 /* call.c */
-void winnow_rpc_call_post(struct winnow_rpc *rpc); /* as many as there should be */
+bool winnow_rpc_is_healthy(const struct winnow_rpc *rpc); /* server.c */
+void winnow_rpc_call_post(struct winnow_rpc *rpc);        /* as many as there should be */
 void winnow_rpc_call_release_if_over(struct winnow_rpc_call *call);
 void winnow_rpc_call_begin(struct winnow_rpc_call *call); /* initial metadata, close watch */
 void winnow_rpc_call_receive(struct winnow_rpc_call *call);

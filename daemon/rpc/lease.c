@@ -110,7 +110,9 @@ static void check_message(struct winnow_rpc_call *call, const struct winnow_wire
         return;
     }
     Grpc__Health__V1__HealthCheckResponse reply = GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__INIT;
-    reply.status = GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__SERVING;
+    reply.status = winnow_rpc_is_healthy(call->rpc)
+                       ? GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__SERVING
+                       : GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__NOT_SERVING;
     winnow_rpc_call_answer(call, &reply); /* a draining daemon refuses the call itself */
 }
 
@@ -129,9 +131,9 @@ const struct winnow_rpc_method winnow_rpc_health_check = {
 void winnow_rpc_watch_push(struct winnow_rpc_call *call)
 {
     Grpc__Health__V1__HealthCheckResponse reply = GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__INIT;
-    reply.status = call->rpc->is_draining
-                       ? GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__NOT_SERVING
-                       : GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__SERVING;
+    reply.status = winnow_rpc_is_healthy(call->rpc)
+                       ? GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__SERVING
+                       : GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__NOT_SERVING;
     if (call->watch.is_unknown)
         reply.status = GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__SERVICE_UNKNOWN;
     if (!call->watch.is_asked || call->sending || call->watch.told == reply.status)

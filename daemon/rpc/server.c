@@ -292,6 +292,32 @@ static void run_timers(struct winnow_rpc *rpc, int64_t now_ns)
 }
 
 /* Tells every stream, then ends the calls that have nothing in the core. */
+bool winnow_rpc_is_healthy(const struct winnow_rpc *rpc)
+{
+    return !rpc->is_draining && !rpc->is_gpu_lost;
+}
+
+static void push_watchers(struct winnow_rpc *rpc)
+{
+    for (uint32_t i = 0; i < winnow_pool_size(rpc->calls); i++) {
+        struct winnow_rpc_call *call = winnow_pool_at(rpc->calls, i);
+        if (call && call->is_open && call->method == &winnow_rpc_health_watch)
+            winnow_rpc_watch_push(call);
+    }
+}
+
+/* Its sessions go on with the CPU; who watches may send the next ones elsewhere. */
+static void look_at_gpu(struct winnow_rpc *rpc)
+{
+    if (rpc->is_gpu_lost || !winnow_core_gpu_lost(rpc->core))
+        return;
+    rpc->is_gpu_lost = true;
+    winnow_log(WINNOW_LOG_ERROR, "gpu_lost",
+               "hint=\"steps are the CPU's from here on; only a new winnowd has the GPU again; see "
+               "the kernel's log\"");
+    push_watchers(rpc);
+}
+
 static void begin_drain(struct winnow_rpc *rpc)
 {
     rpc->is_draining = true;
@@ -299,14 +325,11 @@ static void begin_drain(struct winnow_rpc *rpc)
                winnow_pool_used(rpc->calls) - rpc->n_posted,
                winnow_registry_session_count(rpc->registry));
     grpc_server_shutdown_and_notify(rpc->server, rpc->queue, &rpc->shutdown_tag);
+    push_watchers(rpc);
     for (uint32_t i = 0; i < winnow_pool_size(rpc->calls); i++) {
         struct winnow_rpc_call *call = winnow_pool_at(rpc->calls, i);
-        if (!call || !call->is_open)
-            continue;
-        if (call->method == &winnow_rpc_lease)
+        if (call && call->is_open && call->method == &winnow_rpc_lease)
             winnow_rpc_lease_drain(call);
-        else if (call->method == &winnow_rpc_health_watch)
-            winnow_rpc_watch_push(call);
     }
 }
 
@@ -394,6 +417,7 @@ void winnow_rpc_run(struct winnow_rpc *rpc, struct winnow_core *core, struct win
         run_timers(rpc, now_ns);
         keep_journal(rpc, now_ns);
         int64_t when_ns = step(rpc, now_ns);
+        look_at_gpu(rpc);
         if (rpc->next_timer_ns < when_ns)
             when_ns = rpc->next_timer_ns;
         if (rpc->journal.hour_ns < when_ns)

@@ -2,25 +2,26 @@
  * Build on the device: balanced bisection and the index, a thread block a unit (segment, layer, KV
  * head), as ref/bisect.c and ref/index.c define them.
  *
- * A node's covariance is summed in fp64, 8 x 8 products a thread, by pairs of interleaved
- * dimensions of which each unordered pair is computed once; then taken to fp32 relative to its
- * largest variance, so that 16 power iterations run in shared memory and no key is too large.
+ * Means and projections are fp64, as ref's; the covariance is fp32 of keys relative to the unit's
+ * largest difference from its mean, so that no key is too large: it decides a direction, not a
+ * sum. 8 x 8 products a thread, by interleaved dimensions, each unordered pair once.
  * A node is never sorted: its tokens stand in order of position, so the threshold of the split is
  * found by four histograms of 8 bits, and two prefix sums keep the order. Rejected: a sort a level
- * (45 steps over 1,024 keys where 4 + 4 do), and float atomics (another result every run).
+ * (45 steps over 1,024 keys where 4 + 4 do), float atomics (another result every run), and fp64
+ * products (twice the registers and shared memory: 6.5 ms a unit of 1,024 x 128).
  */
 #include <float.h>
 #include <kernels/cuda/plain.cuh>
 
 namespace
 {
-constexpr uint32_t N_POWER_ITERATIONS = 16, N_TILE = 8, N_CHUNK_TOKENS = 16;
+constexpr uint32_t N_POWER_ITERATIONS = 16, N_TILE = 8, CHUNK_FLOATS = 4096;
 constexpr uint32_t WIDTH_MAX = WINNOW_WIDTH_MAX, SHARED_WIDTH_MAX = 128;
 
 /* Of one unit, in shared memory; behind it, where the width allows, C. */
 struct node {
-    double x[N_CHUNK_TOKENS * WIDTH_MAX], mean[WIDTH_MAX], square[WIDTH_MAX];
-    float v[WIDTH_MAX], part[N_THREADS];
+    double mean[WIDTH_MAX], sum[N_THREADS];
+    float x[CHUNK_FLOATS], v[WIDTH_MAX], part[N_THREADS];
     uint32_t histogram[256], of_warp[N_THREADS / 32], digit, n_below;
 };
 
@@ -29,7 +30,8 @@ struct unit {
     const float *k;
     uint16_t *order, *moved; /* of the node's first token on; moved: scratch */
     uint32_t *rank;
-    float *c; /* [width][width] */
+    float *c;     /* [width][width] */
+    double scale; /* 1 / the unit's largest |k - mean|, 0 when there is none */
 };
 
 __device__ const float *token_key(const struct unit &unit, uint32_t i)
@@ -58,45 +60,52 @@ __device__ uint32_t block_scan(struct node &node, uint32_t x, uint32_t *total)
     return before + sum - x;
 }
 
-/* Mean, and sum of squares about it, of every dimension: a thread a dimension. */
-__device__ void node_moments(struct node &node, const struct unit &unit, uint32_t n_tokens)
+/* The mean of every dimension; where threads are left over, they share the tokens. */
+__device__ void node_mean(struct node &node, const struct unit &unit, uint32_t n_tokens)
 {
-    uint32_t d = threadIdx.x;
-    double sum = 0, square = 0;
+    uint32_t width = unit.width, n_parts = N_THREADS / width, d = threadIdx.x % width,
+             part = threadIdx.x / width;
+    double sum = 0;
 
-    if (d < unit.width) {
-#pragma unroll 8
-        for (uint32_t i = 0; i < n_tokens; i++)
+    if (part < n_parts) {
+#pragma unroll 16
+        for (uint32_t i = part; i < n_tokens; i += n_parts)
             sum += (double)token_key(unit, i)[d];
-        sum /= n_tokens;
-#pragma unroll 8
-        for (uint32_t i = 0; i < n_tokens; i++) {
-            double x = (double)token_key(unit, i)[d] - sum;
-            square = fma(x, x, square);
-        }
-        node.mean[d] = sum;
-        node.square[d] = square;
+    }
+    node.sum[threadIdx.x] = sum;
+    __syncthreads();
+    if (part == 0) {
+        for (uint32_t i = 1; i < n_parts; i++)
+            sum += node.sum[i * width + d];
+        node.mean[d] = sum / n_tokens;
     }
     __syncthreads();
 }
 
-/* The dimension of the largest variance, the first of equals; its variance. */
-__device__ uint32_t node_widest(const struct node &node, uint32_t width, double *square)
+/* 1 / the largest |k - mean| of all tokens; 0 when all are one. */
+__device__ double unit_scale(struct node &node, const struct unit &unit, uint32_t n_tokens)
 {
-    double mine = threadIdx.x < width ? node.square[threadIdx.x] : -1;
+    double largest = 0;
 
-    *square = block_reduce(mine, [](double a, double b) { return fmax(a, b); });
-    return block_min(mine == *square ? threadIdx.x : width);
+    node_mean(node, unit, n_tokens);
+    for (uint32_t i = threadIdx.x; i < n_tokens * unit.width; i += N_THREADS)
+        largest = fmax(largest, fabs((double)unit.k[i] - node.mean[i % unit.width]));
+    largest = block_reduce(largest, [](double a, double b) { return fmax(a, b); });
+    return largest > 0 ? 1 / largest : 0;
 }
 
-/* X = keys - mean of up to N_CHUNK_TOKENS tokens, the rest 0. */
-__device__ void chunk_load(struct node &node, const struct unit &unit, uint32_t first,
+/* X = (keys - mean) x scale of up to n tokens, the rest 0. */
+__device__ void chunk_load(struct node &node, const struct unit &unit, uint32_t first, uint32_t n,
                            uint32_t n_tokens)
 {
     __syncthreads();
-    for (uint32_t i = threadIdx.x; i < N_CHUNK_TOKENS * unit.width; i += N_THREADS) {
+#pragma unroll 4
+    for (uint32_t i = threadIdx.x; i < n * unit.width; i += N_THREADS) {
         uint32_t t = i / unit.width, d = i % unit.width;
-        node.x[i] = first + t < n_tokens ? (double)token_key(unit, first + t)[d] - node.mean[d] : 0;
+        node.x[i] =
+            first + t < n_tokens
+                ? (float)(((double)token_key(unit, first + t)[d] - node.mean[d]) * unit.scale)
+                : 0;
     }
     __syncthreads();
 }
@@ -109,52 +118,65 @@ __device__ void tile_at(uint32_t idx, uint32_t n, uint32_t *row, uint32_t *colum
     *column = *row + idx;
 }
 
-/* C = X^T X / largest. */
-__device__ void node_covariance(struct node &node, const struct unit &unit, uint32_t n_tokens,
-                                double largest)
+/* C = X^T X. */
+__device__ void node_covariance(struct node &node, const struct unit &unit, uint32_t n_tokens)
 {
     uint32_t n = unit.width / N_TILE, n_tiles = n * (n + 1) / 2;
+    uint32_t n_chunk = CHUNK_FLOATS / unit.width;
 
     for (uint32_t first = 0; first < n_tiles; first += N_THREADS) {
         uint32_t idx = first + threadIdx.x, row = 0, column = 0;
         bool has_tile = idx < n_tiles;
-        double c[N_TILE][N_TILE] = {};
+        float c[N_TILE][N_TILE] = {};
 
         if (has_tile)
             tile_at(idx, n, &row, &column);
-        for (uint32_t token = 0; token < n_tokens; token += N_CHUNK_TOKENS) {
-            chunk_load(node, unit, token, n_tokens);
-            for (uint32_t t = 0; t < N_CHUNK_TOKENS && has_tile; t++) {
-                const double *x = node.x + t * unit.width;
-                double a[N_TILE], b[N_TILE];
+        for (uint32_t token = 0; token < n_tokens; token += n_chunk) {
+            uint32_t n_here = min(n_chunk, n_tokens - token);
+            chunk_load(node, unit, token, n_here, n_tokens);
+            for (uint32_t t = 0; t < n_here && has_tile; t++) {
+                const float *x = node.x + t * unit.width;
+                float a[N_TILE], b[N_TILE];
                 for (uint32_t i = 0; i < N_TILE; i++) {
                     a[i] = x[row + n * i];
                     b[i] = x[column + n * i];
                 }
                 for (uint32_t i = 0; i < N_TILE; i++)
                     for (uint32_t j = 0; j < N_TILE; j++)
-                        c[i][j] = fma(a[i], b[j], c[i][j]);
+                        c[i][j] = fmaf(a[i], b[j], c[i][j]);
             }
         }
         for (uint32_t i = 0; i < N_TILE && has_tile; i++)
             for (uint32_t j = 0; j < N_TILE; j++) {
                 uint32_t p = row + n * i, q = column + n * j;
-                unit.c[p * unit.width + q] = unit.c[q * unit.width + p] =
-                    (float)(c[i][j] / largest);
+                unit.c[p * unit.width + q] = unit.c[q * unit.width + p] = c[i][j];
             }
     }
     __syncthreads();
 }
 
-/* v becomes C v / |C v|; several threads share a row. */
-__device__ void power_step(struct node &node, const struct unit &unit)
+/* The dimension of the largest variance, the first of equals; its variance. */
+__device__ uint32_t node_widest(const struct unit &unit, float *largest)
+{
+    uint32_t d = threadIdx.x;
+    float mine = d < unit.width ? unit.c[d * unit.width + d] : -1;
+
+    *largest = block_max(mine);
+    return block_min(mine == *largest ? d : unit.width);
+}
+
+/* v becomes C v / |C v|, C relative to its largest; several threads share a row. */
+__device__ void power_step(struct node &node, const struct unit &unit, float inverse)
 {
     uint32_t width = unit.width, n_parts = N_THREADS / width, row = threadIdx.x % width,
              part = threadIdx.x / width;
     float sum = 0;
 
-    for (uint32_t d = part; d < width && part < n_parts; d += n_parts)
-        sum = fmaf(unit.c[d * width + row], node.v[d], sum);
+    if (part < n_parts) {
+#pragma unroll 8
+        for (uint32_t d = part; d < width; d += n_parts)
+            sum = fmaf(unit.c[d * width + row] * inverse, node.v[d], sum);
+    }
     node.part[threadIdx.x] = sum;
     __syncthreads();
     for (uint32_t i = 1; i < n_parts && part == 0; i++)
@@ -165,20 +187,18 @@ __device__ void power_step(struct node &node, const struct unit &unit)
     __syncthreads();
 }
 
-/* The widest direction, from the dimension of the largest variance, and C on the way. */
+/* The widest direction, by power iteration from the dimension of the largest variance. */
 __device__ void node_direction(struct node &node, const struct unit &unit, uint32_t n_tokens)
 {
-    double largest;
-    uint32_t widest = node_widest(node, unit.width, &largest);
+    float largest;
 
+    node_covariance(node, unit, n_tokens);
+    uint32_t widest = node_widest(unit, &largest);
     if (threadIdx.x < unit.width)
         node.v[threadIdx.x] = threadIdx.x == widest ? 1 : 0;
     __syncthreads();
-    if (!(largest > 0))
-        return;
-    node_covariance(node, unit, n_tokens, largest);
-    for (uint32_t i = 0; i < N_POWER_ITERATIONS; i++)
-        power_step(node, unit);
+    for (uint32_t i = 0; i < N_POWER_ITERATIONS && largest > FLT_MIN; i++)
+        power_step(node, unit, 1 / largest);
 }
 
 /* Ranks of the projections: a warp a token. */
@@ -263,7 +283,7 @@ __host__ __device__ size_t unit_scratch_bytes(uint32_t width, uint32_t n_blocks)
     return c_bytes(width) + (size_t)16 * n_blocks * (sizeof(uint32_t) + sizeof(uint16_t));
 }
 
-__global__ void __launch_bounds__(N_THREADS)
+__global__ void __launch_bounds__(N_THREADS, 2)
     bisect(uint32_t width, uint32_t n_blocks, const float *k, uint16_t *order, uint8_t *scratch)
 {
     extern __shared__ double memory[];
@@ -272,13 +292,17 @@ __global__ void __launch_bounds__(N_THREADS)
     uint32_t stack[16] = {n_blocks}; /* first block << 16 | blocks; the right half waits below */
     float *c = (float *)(scratch + blockIdx.x * unit_scratch_bytes(width, n_blocks));
     uint32_t *rank = (uint32_t *)((uint8_t *)c + c_bytes(width));
-    struct unit unit = {width, k + (size_t)blockIdx.x * n_tokens * width,           NULL, NULL,
-                        NULL,  width <= SHARED_WIDTH_MAX ? (float *)(&node + 1) : c};
+    struct unit unit = {};
 
+    unit.width = width;
+    unit.k = k + (size_t)blockIdx.x * n_tokens * width;
+    unit.c = width <= SHARED_WIDTH_MAX ? (float *)(&node + 1) : c;
     order += (size_t)blockIdx.x * n_tokens;
     for (uint32_t t = threadIdx.x; t < n_tokens; t += N_THREADS)
         order[t] = (uint16_t)t;
     __syncthreads();
+    unit.order = order;
+    unit.scale = unit_scale(node, unit, n_tokens);
     while (depth > 0) {
         uint32_t first = stack[--depth] >> 16, n = stack[depth] & 0xffff, n_left = (n + 1) / 2;
         if (n <= 1)
@@ -286,7 +310,7 @@ __global__ void __launch_bounds__(N_THREADS)
         unit.order = order + 16 * first;
         unit.rank = rank + 16 * first;
         unit.moved = (uint16_t *)(rank + n_tokens) + 16 * first;
-        node_moments(node, unit, 16 * n);
+        node_mean(node, unit, 16 * n);
         node_direction(node, unit, 16 * n);
         node_project(node, unit, 16 * n);
         node_split(node, unit, 16 * n, 16 * n_left);

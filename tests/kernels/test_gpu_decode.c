@@ -444,6 +444,79 @@ static void test_gpu_decode__fork_shares_blocks(void)
     scene_close();
 }
 
+/* A segment slot that is given another segment forgets the first one's blocks, in every cache. */
+static void test_gpu_decode__slot_used_anew(void)
+{
+    struct scene_options options = crowd;
+    struct scene_gpu_options of_gpu = {.n_slots = 1024};
+    static struct scene_item before, own, item;
+    struct winnow_index_view views[2];
+    uint32_t home[16], slots[6];
+
+    options.n_sessions = 2;
+    options.n_segments[0] = options.n_segments[1] = 6;
+    scene_open(&options);
+    struct winnow_gpu *gpu = scene_put(&scene, device, &of_gpu);
+    scene_item_init(&scene, &before, 0, 1, 0, 0.95f);
+    scene_decode(&scene, gpu, 1, &before);
+    scene_item_init(&scene, &own, 1, 1, 0, 0.95f);
+    scene_decode(&scene, gpu, 1, &own);
+    for (uint32_t k = 0; k < 6; k++) {
+        slots[k] = scene_slot(&scene, 0, k);
+        for (uint32_t h = 0; h < 2; h++)
+            views[h] = scene_head(&scene, 1, 1, h)->segment[k].view;
+        scene_homes(&scene, 1, 1, k, 0, home);
+        CHECK_EQ(api->segment_put(gpu, slots[k], 1, views, home), 0);
+    }
+    CHECK_EQ(api->session_set(gpu, 1, 6, slots), 0);
+    scene_item_init(&scene, &item, 1, 1, 0, 0.95f);
+    scene_decode(&scene, gpu, 1, &item);
+    scene_same(&scene, &own, &item);
+    CHECK(own.certificate.n_blocks_host > 0);
+    CHECK_EQ(item.certificate.n_blocks_device, 0);
+    scene_item_finish(&scene, &before);
+    scene_item_finish(&scene, &own);
+    scene_item_finish(&scene, &item);
+    api->destroy(gpu);
+    scene_close();
+}
+
+/* A segment that is dropped or put anew leaves its slots: whoever comes next evicts nobody. */
+static void test_gpu_decode__drop_frees_slots(void)
+{
+    struct scene_options options = crowd;
+    struct scene_gpu_options of_gpu = {.n_slots = 16}; /* 8 a layer: all are looked at */
+    struct winnow_gpu_counters first, last;
+    struct winnow_index_view views[2];
+    static struct scene_item item;
+    uint32_t home[16];
+
+    options.n_sessions = 2;
+    options.n_segments[0] = options.n_segments[1] = 6;
+    scene_open(&options);
+    struct winnow_gpu *gpu = scene_put(&scene, device, &of_gpu);
+    for (uint32_t step = 0; step < 3; step++) {
+        scene_item_init(&scene, &item, step % 2, 1, 0, 0.95f);
+        scene_decode(&scene, gpu, 1, &item);
+        CHECK(item.certificate.n_blocks_host >= 8);
+        scene_item_finish(&scene, &item);
+        CHECK_EQ(api->counters(gpu, 1, step == 0 ? &first : &last), 0);
+        for (uint32_t k = 0; k < 6; k++) {
+            for (uint32_t h = 0; h < 2; h++)
+                views[h] = scene_head(&scene, step % 2, 1, h)->segment[k].view;
+            scene_homes(&scene, step % 2, 1, k, 0, home);
+            uint32_t slot = scene_slot(&scene, step % 2, k);
+            CHECK_EQ(step == 0 ? api->segment_drop(gpu, slot)
+                               : api->segment_put(gpu, slot, 1, views, home),
+                     0);
+        }
+    }
+    CHECK(last.n_misses > first.n_misses);
+    CHECK_EQ(last.n_evictions, first.n_evictions);
+    api->destroy(gpu);
+    scene_close();
+}
+
 /* Tokens appended one by one by decode stand where tail_put would have put them. */
 static void test_gpu_decode__append_is_tail_put(void)
 {
@@ -589,7 +662,10 @@ static void test_gpu_decode__refuses_arguments(void)
         struct winnow_gpu_item *bad = &item.item;
         i == 0 ? (void)(bad->session = 2) : (void)0;
         i == 1 ? (void)(bad->layer = 2) : (void)0;
-        i == 2 ? (void)(bad->n_segments = 10) : (void)0;
+        if (i == 2) { /* more than session_set said, all else in order */
+            bad->session = bad->n_segments = 1;
+            bad->n_tokens = scene_n_tokens(&scene, 1) + scene.of.segment_tokens;
+        }
         i == 3 ? (void)(bad->n_tokens += 16 * 48) : (void)0;
         i == 4 ? (void)(bad->n_tokens = 100) : (void)0;
         i == 5 ? (void)(bad->mass = 1) : (void)0;
@@ -705,6 +781,8 @@ int main(int argc, char **argv)
     TEST_RUN(test_gpu_decode__refuses_arguments);
     TEST_RUN(test_gpu_decode__budget_holds);
     TEST_RUN(test_gpu_decode__not_finite_fails_one);
+    TEST_RUN(test_gpu_decode__slot_used_anew);
+    TEST_RUN(test_gpu_decode__drop_frees_slots);
     TEST_RUN(test_gpu_decode__append_is_tail_put);
     TEST_RUN(test_gpu_decode__fork_shares_blocks);
     TEST_RUN(test_gpu_decode__disk_blocks_are_named);

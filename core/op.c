@@ -71,6 +71,10 @@ void winnow_op_lost(struct winnow_op *op, const struct winnow_segment *segment, 
                        op->layer);
         return;
     }
+    if (op->failure == -ENODATA && segment->first_token >= op->request->truncate_to)
+        return;
+    if (op->failure == -ENODATA) /* of several, the first of the context is what helps */
+        op->failure = 0;
     op->request->truncate_to = segment->first_token;
     winnow_op_fail(op, -ENODATA,
                    "block lost: layer %u. hint: truncate to %llu, send the tokens again", op->layer,

@@ -225,7 +225,7 @@ static void slot_evict(struct winnow_arena *arena, uint32_t slot_idx)
 static uint8_t slot_uses(const struct winnow_arena *arena, const struct slot *slot)
 {
     uint8_t n_epochs = (uint8_t)(arena->epoch - slot->of_epoch);
-    return n_epochs < 3 ? (uint8_t)(slot->n_uses >> n_epochs) : 0;
+    return (uint8_t)(n_epochs < 3 ? slot->n_uses >> n_epochs : 0);
 }
 
 static void epoch_advance(struct winnow_arena *arena, uint32_t n_bytes)

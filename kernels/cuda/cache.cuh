@@ -128,21 +128,49 @@ static __device__ winnow_gpu_resolved place_missing(const winnow_gpu_view &view,
 
 } // namespace winnow_gpu_cache
 
+/* A unit's layer and head in the index. */
+struct winnow_gpu_place {
+    uint32_t session, layer, head, stamp;
+};
+
+static __device__ inline uint8_t *winnow_gpu_unit_index(const winnow_gpu_view &view,
+                                                        const winnow_gpu_place &unit,
+                                                        uint32_t segment_slot)
+{
+    uint32_t unit_idx = unit.layer * view.n_kv_heads + unit.head;
+    return view.index + segment_slot * view.segment_bytes + (uint64_t)unit_idx * view.unit_bytes;
+}
+
+static __device__ inline uint32_t
+winnow_gpu_segment_slot(const winnow_gpu_view &view, const winnow_gpu_place &unit, uint32_t block)
+{
+    uint32_t table = unit.session * view.n_session_segments_max;
+    return view.session_segments[table + block / view.span_blocks];
+}
+
+/* Brings near what winnow_gpu_resolve will read first. */
+static __device__ void winnow_gpu_resolve_prefetch(const winnow_gpu_view &view,
+                                                   const winnow_gpu_place &unit, uint32_t block)
+{
+    const uint8_t *index =
+        winnow_gpu_unit_index(view, unit, winnow_gpu_segment_slot(view, unit, block));
+    uint32_t at = block % view.span_blocks * 4;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(index + view.loc_at + at));
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(index + view.home_at + at));
+}
+
 /*
  * Where block `block` of a unit's list is. Any thread, for any blocks at once; blocks of one warp
  * differ. What has to be fetched is the caller's to order: until then its slot says FETCHING.
  */
 static __device__ winnow_gpu_resolved winnow_gpu_resolve(const winnow_gpu_view &view,
-                                                         const winnow_gpu_unit &unit,
-                                                         uint32_t session, uint32_t stamp,
+                                                         const winnow_gpu_place &unit,
                                                          uint32_t block)
 {
     using namespace winnow_gpu_cache;
-    uint32_t segment = block / view.span_blocks, i = block % view.span_blocks;
-    uint32_t segment_slot = view.session_segments[session * view.n_session_segments_max + segment];
-    uint32_t unit_idx = unit.layer * view.n_kv_heads + unit.head;
-    uint8_t *index =
-        view.index + segment_slot * view.segment_bytes + (uint64_t)unit_idx * view.unit_bytes;
+    uint32_t segment_slot = winnow_gpu_segment_slot(view, unit, block);
+    uint32_t unit_idx = unit.layer * view.n_kv_heads + unit.head, i = block % view.span_blocks;
+    uint8_t *index = winnow_gpu_unit_index(view, unit, segment_slot);
     uint32_t block_id =
         (segment_slot * view.n_layers * view.n_kv_heads + unit_idx) * view.span_blocks + i;
     uint32_t *loc_at = (uint32_t *)(index + view.loc_at) + i;
@@ -157,11 +185,11 @@ static __device__ winnow_gpu_resolved winnow_gpu_resolve(const winnow_gpu_view &
             continue;
         }
         if (at != 0 && (at - 1) / view.n_slots_layer == unit.layer &&
-            word_stamp(view.slot_word + at - 1, block_id, stamp, &word)) {
+            word_stamp(view.slot_word + at - 1, block_id, unit.stamp, &word)) {
             bool is_filling = word & WINNOW_GPU_FETCHING;
             return {at - 1, home, !is_filling, is_filling, false, false, false};
         }
-        if (loc.compare_exchange_strong(at, PLACING, cuda::memory_order_acq_rel))
-            return place_missing(view, unit.layer, block_id, stamp, home, loc_at);
+        if (loc.compare_exchange_strong(at, PLACING, cuda::memory_order_acquire))
+            return place_missing(view, unit.layer, block_id, unit.stamp, home, loc_at);
     }
 }

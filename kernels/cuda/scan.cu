@@ -14,20 +14,23 @@
  * explicit and every sum has one order, so the bits of a block depend on nothing but the block and
  * its query.
  *
- * One thread block an SM takes an even share of the launch's records, in block order, units as they
- * come; a warp has its own slots of shared memory, filled by one bulk copy a record (sm_90; else
- * cp.async). Rejected: codes loaded to registers (5-10 % slower), a grid a unit (short units leave
- * SMs idle), the query prepared by every warp (3 us at small batches).
+ * One thread block an SM; a warp has its own slots of shared memory, filled by one bulk copy a
+ * record (sm_90; else cp.async). Thread blocks far apart share a run of records and take them one
+ * by one, for SMs do not get equal shares of memory; a run that spans many short units is split
+ * evenly instead. Rejected: codes loaded to registers (5-10 % slower), a grid a unit (short units
+ * leave SMs idle), the query prepared by every warp (3 us at small batches).
  */
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <kernels/cuda/edge.cuh>
 #include <kernels/cuda/stage.h>
 
 namespace
 {
 
 constexpr uint32_t N_WARPS_MAX = 24, N_SLOTS_WARP_MAX = 4;
-constexpr uint32_t RECORD_BLOCKS = 8;
+constexpr uint32_t RECORD_BLOCKS = 8, N_MEMBERS = 4; /* thread blocks that share a run */
+constexpr uint32_t NO_RECORD = 0xffffffffu;
 constexpr int QUERY_LARGEST = 16256; /* as ref: 15 bits */
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
@@ -50,12 +53,13 @@ template <int KT, int NT> struct scan_memory {
     static constexpr uint32_t N_UNITS = KT * NT <= 4 ? 4 : 2; /* of a pass */
     alignas(16) query_operands<KT, NT> query[N_UNITS];
     scan_unit unit[N_UNITS];
-    uint32_t unit_first; /* of the pass */
+    uint32_t unit_first;                             /* of the pass */
+    uint32_t record[N_WARPS_MAX * N_SLOTS_WARP_MAX]; /* in each slot */
     alignas(8) uint64_t barrier[N_WARPS_MAX * N_SLOTS_WARP_MAX];
 };
 
 struct scan_config { /* of a launch, from the host */
-    uint32_t n_warps, n_slots_warp;
+    uint32_t n_warps, n_slots_warp, n_runs;
 };
 
 __device__ float exp2_approx(float x)
@@ -367,59 +371,82 @@ __device__ float record_score(const uint8_t *record, uint32_t width,
 
 /* --- the launch --- */
 
-/* The units of a pass: those that hold records from `at` on, N_UNITS at most. Returns the end
- * of the pass. Ends with a barrier. */
+/* The units of a pass: those that hold records from `at` on, N_UNITS at most. A thread an item.
+ * Returns the end of the pass. Ends with a barrier. */
 template <int KT, int NT>
 __device__ uint32_t pass_begin(const winnow_gpu_view &view, scan_memory<KT, NT> *memory,
                                uint32_t at, uint32_t end)
 {
+    constexpr uint32_t N_UNITS = scan_memory<KT, NT>::N_UNITS;
     const winnow_gpu_launch *launch = view.launch;
-    uint32_t n_items = launch->n_items, span = view.span_blocks / RECORD_BLOCKS;
+    uint32_t i = threadIdx.x < WINNOW_GPU_ITEMS_MAX ? threadIdx.x : 0;
+    uint32_t first = launch->block_first[i] / RECORD_BLOCKS;
+    uint32_t n = launch->item[i].n_segments * (view.span_blocks / RECORD_BLOCKS);
+    uint32_t session = launch->item[i].session, layer = launch->item[i].layer;
+    uint32_t element_bytes = view.io_dtype == WINNOW_FP32 ? 4 : 2;
+    const uint8_t *q = (const uint8_t *)launch->item[i].q;
+    bool is_item = threadIdx.x < launch->n_items;
 
     __syncthreads(); /* the pass before has read its units */
-    for (uint32_t i = threadIdx.x; i < n_items; i += blockDim.x) {
-        uint32_t first = launch->block_first[i] / RECORD_BLOCKS;
-        uint32_t n = launch->item[i].n_segments * span;
-        if (at >= first && at - first < n * view.n_kv_heads)
-            memory->unit_first = i * view.n_kv_heads + (at - first) / n;
+    if (threadIdx.x < N_UNITS)
+        memory->unit[threadIdx.x] = {end, end, 0, 0, nullptr};
+    if (is_item && at >= first && at - first < n * view.n_kv_heads)
+        memory->unit_first = i * view.n_kv_heads + (at - first) / n;
+    __syncthreads();
+    uint32_t unit_first = memory->unit_first;
+    for (uint32_t u = unit_first; is_item && u < unit_first + N_UNITS; u++) {
+        if (u / view.n_kv_heads != i)
+            continue;
+        uint32_t head = u % view.n_kv_heads;
+        memory->unit[u - unit_first] = {
+            first + head * n, first + head * n + n, session * view.n_session_segments_max,
+            (uint64_t)(layer * view.n_kv_heads + head) * view.unit_bytes,
+            q + (size_t)head * view.n_group * view.k_width * element_bytes};
     }
     __syncthreads();
-    if (threadIdx.x < memory->N_UNITS) {
-        uint32_t u = memory->unit_first + threadIdx.x, item = u / view.n_kv_heads;
-        scan_unit unit = {end, end, 0, 0, nullptr};
-        if (item < n_items) {
-            const winnow_gpu_item &of = launch->item[item];
-            uint32_t head = u % view.n_kv_heads, n = of.n_segments * span;
-            uint32_t element_bytes = view.io_dtype == WINNOW_FP32 ? 4 : 2;
-            unit.record_first = launch->block_first[item] / RECORD_BLOCKS + head * n;
-            unit.record_end = unit.record_first + n;
-            unit.segment_table = of.session * view.n_session_segments_max;
-            unit.offset = (uint64_t)(of.layer * view.n_kv_heads + head) * view.unit_bytes;
-            unit.q =
-                (const uint8_t *)of.q + (size_t)head * view.n_group * view.k_width * element_bytes;
-        }
-        memory->unit[threadIdx.x] = unit;
-    }
-    __syncthreads();
-    return min(end, memory->unit[memory->N_UNITS - 1].record_end);
+    return min(end, memory->unit[N_UNITS - 1].record_end);
 }
+
+/* Which records this warp takes: step i of its own, and then from a counter, or by the step. */
+struct scan_run {
+    uint32_t first, step, end;
+    uint32_t *next; /* how many were taken from base on, which is behind the first slots of all
+                     * members; NULL: by the step */
+    uint32_t base;
+};
 
 template <int KT, int NT> struct scan_warp {
     scan_memory<KT, NT> *memory;
     uint8_t *slot; /* [n_slots_warp], record_bytes each */
     uint64_t *barrier;
+    uint32_t *record;           /* in each slot, or NO_RECORD */
     uint32_t slot_next, parity; /* slot to wait for, and of its barrier's phase */
 };
 
 template <int KT, int NT>
 __device__ void warp_load(const winnow_gpu_view &view, const scan_warp<KT, NT> &warp,
-                          uint32_t record, uint32_t slot)
+                          uint32_t record, uint32_t end, uint32_t slot)
 {
     const scan_unit *unit = warp.memory->unit;
+    if (threadIdx.x % 32 == 0)
+        warp.record[slot] = record < end ? record : NO_RECORD;
+    if (record >= end)
+        return;
     while (record >= unit->record_end)
         unit++;
     record_load(warp.slot + slot * view.record_bytes, record_at(view, *unit, record),
                 view.record_bytes, warp.barrier + slot);
+}
+
+/* Read again by the next kernel: kept in the L2 against the stream of records. */
+__device__ void ln_e_store(float *at, float ln_e)
+{
+#if __CUDA_ARCH__ >= 800
+    uint64_t keep;
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(keep));
+    asm volatile("st.global.L2::cache_hint.f32 [%0], %1, %2;" ::"l"(at), "f"(ln_e), "l"(keep)
+                 : "memory");
+#endif
 }
 
 template <int KT, int NT>
@@ -428,37 +455,91 @@ __device__ void record_store(const winnow_gpu_view &view, uint32_t record, int t
     uint32_t lane = threadIdx.x % 32, g = tile * 4 + lane % 4;
     size_t block = (size_t)record * RECORD_BLOCKS + lane / 4;
     if (g < view.n_group)
-        view.ln_e[block * view.n_group + g] = ln_e;
+        ln_e_store(view.ln_e + block * view.n_group + g, ln_e);
 }
 
-/* The records first, first + stride, .. < end of a pass. */
-template <int KT, int NT>
-__device__ void warp_scan(const winnow_gpu_view &view, const scan_config &config,
-                          scan_warp<KT, NT> *warp, uint32_t first, uint32_t end)
+/* The warp's largest estimates to the unit: select's origin. As ranks, which begin at 0. */
+template <int NT>
+__device__ void largest_store(const winnow_gpu_view &view, uint32_t unit_idx, float (&largest)[NT])
 {
-    uint32_t stride = config.n_warps, depth = config.n_slots_warp, unit = 0;
+    uint32_t lane = threadIdx.x % 32;
 
-    for (uint32_t record = first; record < end; record += stride) {
-        uint32_t slot = warp->slot_next;
+#pragma unroll
+    for (int tile = 0; tile < NT; tile++) {
+        for (int at = 4; at < 32; at <<= 1)
+            largest[tile] = fmaxf(largest[tile], __shfl_xor_sync(~0u, largest[tile], at));
+        if (lane < 4 && tile * 4 + lane < view.n_group && largest[tile] > -INFINITY)
+            atomicMax((uint32_t *)&view.unit[unit_idx].largest[tile * 4 + lane],
+                      winnow_gpu_rank(__float_as_uint(largest[tile])));
+        largest[tile] = -INFINITY;
+    }
+}
+
+/* All records of a run that fall to this warp; its slots are empty before and after. */
+template <int KT, int NT>
+__device__ void warp_scan(const winnow_gpu_view &view, const scan_run &run, uint32_t depth,
+                          scan_warp<KT, NT> *warp)
+{
+    uint32_t unit = 0, record, next = run.first + (depth - 1) * run.step;
+    float largest[NT];
+
+    for (int tile = 0; tile < NT; tile++)
+        largest[tile] = -INFINITY;
+    for (;;) {
+        uint32_t slot = warp->slot_next, at = unit;
         const uint8_t *data = warp->slot + slot * view.record_bytes;
         float ln_e[NT];
-        while (record >= warp->memory->unit[unit].record_end)
-            unit++;
+        __syncwarp();
+        record = warp->record[slot];
+        if (record == NO_RECORD)
+            break;
+        next =
+            run.next && threadIdx.x % 32 == 0 ? run.base + atomicAdd(run.next, 1) : next + run.step;
+        while (record >= warp->memory->unit[at].record_end)
+            at++;
+        if (at != unit)
+            largest_store<NT>(view, warp->memory->unit_first + unit, largest);
+        unit = at;
         record_wait(warp->barrier + slot, warp->parity);
 #pragma unroll
         for (int tile = 0; tile < NT; tile++)
             ln_e[tile] = record_score<KT, NT>(data, view.k_width, warp->memory->query[unit], tile);
+        if (run.next)
+            next = __shfl_sync(~0u, next, 0);
         __syncwarp();
-        if (record + depth * stride < end)
-            warp_load(view, *warp, record + depth * stride, slot);
+        warp_load(view, *warp, next, run.end, slot);
         if (++warp->slot_next == depth) {
             warp->slot_next = 0;
             warp->parity ^= 1;
         }
 #pragma unroll
-        for (int tile = 0; tile < NT; tile++)
+        for (int tile = 0; tile < NT; tile++) {
+            largest[tile] = fmaxf(largest[tile], ln_e[tile]);
             record_store<KT, NT>(view, record, tile, ln_e[tile]);
+        }
     }
+    largest_store<NT>(view, warp->memory->unit_first + unit, largest);
+}
+
+/* Loads of the first slots, the queries of the pass beside them, then the records. */
+template <int KT, int NT>
+__device__ void pass_scan(const winnow_gpu_view &view, const scan_config &config,
+                          const scan_run &run, scan_warp<KT, NT> *warp)
+{
+    scan_memory<KT, NT> *memory = warp->memory;
+    uint32_t warp_idx = threadIdx.x / 32, depth = config.n_slots_warp;
+    bool has_slots = warp_idx < config.n_warps;
+
+    for (uint32_t i = 0; has_slots && i < depth; i++)
+        warp_load(view, *warp, run.first + i * run.step, run.end, (warp->slot_next + i) % depth);
+    for (uint32_t i = warp_idx; i < memory->N_UNITS * NT * 4; i += blockDim.x / 32) {
+        const scan_unit &unit = memory->unit[i / (NT * 4)];
+        if (unit.record_first < run.end)
+            query_prepare<KT, NT>(view, unit.q, i % (NT * 4), &memory->query[i / (NT * 4)]);
+    }
+    __syncthreads();
+    if (has_slots)
+        warp_scan<KT, NT>(view, run, depth, warp);
 }
 
 template <int KT, int NT>
@@ -468,29 +549,42 @@ __global__ void __launch_bounds__(32 * N_WARPS_MAX, 1)
     extern __shared__ uint8_t dynamic[];
     scan_memory<KT, NT> *memory = (scan_memory<KT, NT> *)dynamic;
     uint32_t warp_idx = threadIdx.x / 32, n_slots = config.n_slots_warp;
-    uint64_t n_records = view.launch->n_blocks / RECORD_BLOCKS;
-    uint32_t at = (uint32_t)(n_records * blockIdx.x / gridDim.x);
-    uint32_t end = (uint32_t)(n_records * (blockIdx.x + 1) / gridDim.x);
     uint32_t slots_at = (sizeof(scan_memory<KT, NT>) + 127) / 128 * 128;
     scan_warp<KT, NT> warp = {memory,
                               dynamic + slots_at + (size_t)warp_idx * n_slots * view.record_bytes,
-                              memory->barrier + warp_idx * n_slots, 0, 0};
+                              memory->barrier + warp_idx * n_slots,
+                              memory->record + warp_idx * n_slots,
+                              0,
+                              0};
 
     if (threadIdx.x < config.n_warps * n_slots)
         barrier_init(memory->barrier + threadIdx.x);
-    while (at < end) {
-        uint32_t pass_end = pass_begin(view, memory, at, end), first = at + warp_idx;
-        /* Every slot is free: its record was waited for. The ring begins at slot_next again. */
-        for (uint32_t i = 0; i < n_slots && first + i * config.n_warps < pass_end; i++)
-            warp_load(view, warp, first + i * config.n_warps, (warp.slot_next + i) % n_slots);
-        for (uint32_t i = warp_idx; i < memory->N_UNITS * NT * 4; i += config.n_warps) {
-            const scan_unit &unit = memory->unit[i / (NT * 4)];
-            if (unit.record_first < pass_end)
-                query_prepare<KT, NT>(view, unit.q, i % (NT * 4), &memory->query[i / (NT * 4)]);
-        }
-        __syncthreads();
-        warp_scan<KT, NT>(view, config, &warp, first, pass_end);
-        at = pass_end;
+    later_kernel_launch();
+    earlier_kernels_wait();
+    uint64_t n_records = view.launch->n_blocks / RECORD_BLOCKS;
+    uint32_t n_runs = config.n_runs, run_idx = blockIdx.x % n_runs, member = blockIdx.x / n_runs;
+    uint32_t n_rest = gridDim.x % n_runs, n_members = gridDim.x / n_runs + (run_idx < n_rest);
+    uint64_t n_before = run_idx * (gridDim.x / n_runs) + min(run_idx, n_rest);
+    uint32_t at = (uint32_t)(n_records * n_before / gridDim.x);
+    uint32_t end = (uint32_t)(n_records * (n_before + n_members) / gridDim.x);
+    if (at >= end)
+        return;
+
+    uint32_t pass_end = pass_begin(view, memory, at, end);
+    if (pass_end == end) {
+        scan_run run = {at + warp_idx * n_members + member, config.n_warps * n_members, end,
+                        &view.queue[0].scan_next[run_idx],
+                        at + n_slots * config.n_warps * n_members};
+        pass_scan<KT, NT>(view, config, run, &warp);
+        return;
+    }
+    uint32_t n = end - at;
+    end = at + (uint32_t)((uint64_t)n * (member + 1) / n_members);
+    at += (uint32_t)((uint64_t)n * member / n_members);
+    for (; at < end; at = pass_end) {
+        pass_end = pass_begin(view, memory, at, end);
+        pass_scan<KT, NT>(view, config, {at + warp_idx, config.n_warps, pass_end, nullptr, 0},
+                          &warp);
     }
 }
 
@@ -539,11 +633,11 @@ cudaError_t config_find(const winnow_gpu_view *view, const scan_version &version
     uint32_t n_slots =
         (uint32_t)n_bytes_max > version.memory_bytes ? n_free / view->record_bytes : 0;
     uint32_t depth_max = major >= 9 ? N_SLOTS_WARP_MAX : 1; /* cp.async waits for all */
-    *config = {0, 1};
+    *config = {0, 1, 1};
     for (uint32_t depth = 1; depth <= depth_max; depth++) {
         uint32_t n_warps = n_slots / depth < N_WARPS_MAX ? n_slots / depth : N_WARPS_MAX;
         if (n_warps * depth > config->n_warps * config->n_slots_warp)
-            *config = {n_warps, depth};
+            *config = {n_warps, depth, 1};
     }
     *n_bytes = version.memory_bytes + config->n_warps * config->n_slots_warp * view->record_bytes;
     return config->n_warps ? cudaSuccess : cudaErrorInvalidConfiguration;
@@ -574,7 +668,19 @@ cudaError_t winnow_gpu_stage_scan(const struct winnow_gpu_view *view,
 
     if (rc != cudaSuccess)
         return rc;
-    version.function<<<grid->n_multiprocessors, 32 * config.n_warps, n_bytes, stream>>>(*view,
-                                                                                        config);
-    return cudaGetLastError();
+    uint32_t n_threads = 32 * config.n_warps;
+    uint32_t n_runs = grid->n_multiprocessors / N_MEMBERS, n_runs_max = WINNOW_GPU_SCAN_RUNS_MAX;
+    config.n_runs = n_runs < 1 ? 1 : n_runs > n_runs_max ? n_runs_max : n_runs;
+    uint32_t n_threads_min = WINNOW_GPU_ITEMS_MAX; /* pass_begin: one an item */
+    cudaLaunchAttribute attribute = {};
+    cudaLaunchConfig_t launch = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    launch.gridDim = dim3(grid->n_multiprocessors);
+    launch.blockDim = dim3(n_threads < n_threads_min ? n_threads_min : n_threads);
+    launch.dynamicSmemBytes = n_bytes;
+    launch.stream = stream;
+    launch.attrs = &attribute;
+    launch.numAttrs = 1;
+    return cudaLaunchKernelEx(&launch, version.function, *view, config);
 }

@@ -1,17 +1,19 @@
 /*
  * Select: from ln_e to a list of blocks, each with its place, and the work of the stage after.
  *
- * A unit is a cluster's: its estimates are read three times (largest, totals, keys), the last two
- * from L1, and its bins are added over the cluster's shared memory. The origin of the bins is the
- * sum of exp(largest) / T over the heads, which no key exceeds, so no pass is spent on the largest
- * key. Blocks whose key lies below .9 (1 - P) / n hold together less than 1 - P of any head: the
- * prefix ends before them and they skip the bins, which are atomics (of a long context nine in ten
- * blocks).
+ * A unit is a cluster's: its estimates are read twice (totals, keys), the second time from L1, and
+ * its bins are added over the cluster's shared memory. What they are relative to, the largest, the
+ * scan has left. The origin of the bins is the sum of exp(largest) / T over the heads, which no key
+ * exceeds, so no pass is spent on the largest key. Blocks whose key lies below .9 (1 - P) / n hold
+ * together less than 1 - P of any head: the prefix ends before them and they skip the bins, which
+ * are atomics. Shares in bins are words of 2^-31 T: one atomic without a carry, and a prefix within
+ * n 2^-32 of P.
  *
  * Sums are integers and every key is one thread's, so the bits are the same for any cluster.
  * Rejected: refining the last bin (0.5 % fewer blocks, a pass more), counting by global atomics
- * (3-6 us).
+ * (3-6 us), a warp that searches the bins (10-30 us: each of its loads waits for the one before).
  */
+#include <kernels/cuda/edge.cuh>
 #include <kernels/cuda/select.cuh>
 #include <kernels/cuda/stage.h>
 
@@ -20,12 +22,15 @@ using namespace winnow_gpu_select;
 namespace
 {
 
-constexpr uint32_t N_THREADS = 1024, N_RANKS_MAX = 4, RANK_BLOCKS_MIN = 1024;
+constexpr uint32_t N_THREADS = 512, N_RANKS_MAX = 4, RANK_BLOCKS_MIN = 2048;
 
 /* What a thread block works on. */
 struct part {
-    uint32_t unit_idx, n_group;
-    uint32_t block_first, first, n; /* of the unit's list: [first, first + n) */
+    winnow_gpu_unit *unit;
+    uint32_t unit_idx, n_group, block_first;
+    uint32_t first, n; /* of the unit's list: [first, first + n) */
+    uint32_t goal;     /* P as a share */
+    float ln_z;        /* of the head that is the thread's number */
 };
 
 /* ln_e of a block; heads that are not there are -inf. */
@@ -47,73 +52,31 @@ __device__ void estimates_load(const winnow_gpu_view &view, const part &part, ui
         ln_e[g] = g < (int)part.n_group ? at[g] : -INFINITY;
 }
 
-/* m[g]: the largest of ln_z and the known ln_e. */
-template <int G>
-__device__ void largest_find(const winnow_gpu_view &view, team team, const part &part,
-                             memory *memory)
-{
-    const winnow_gpu_unit *unit = view.unit + part.unit_idx;
-    uint32_t end = part.first + part.n;
-    float largest[G];
-
-#pragma unroll
-    for (int g = 0; g < G; g++)
-        largest[g] = -INFINITY;
-    each_block(part.first, part.n, [&](uint32_t b) {
-        alignas(16) float ln_e[G];
-        if (b >= end)
-            return;
-        estimates_load<G>(view, part, b, ln_e);
-#pragma unroll
-        for (int g = 0; g < G; g++)
-            largest[g] = ln_e[g] < INFINITY ? fmaxf(largest[g], ln_e[g]) : largest[g];
-    });
-#pragma unroll
-    for (int g = 0; g < G; g++) {
-        uint32_t rank = __reduce_max_sync(~0u, float_rank(largest[g]));
-        if (threadIdx.x % 32 == 0)
-            atomicMax(&memory->largest[g], rank);
-    }
-    team_sync(team);
-    if (threadIdx.x < part.n_group) {
-        uint32_t rank = float_rank(unit->ln_z[threadIdx.x]);
-        for (uint32_t r = 0; r < team.n_ranks; r++)
-            rank = max(rank, *team_at(team, &memory->largest[threadIdx.x], r));
-        memory->m[threadIdx.x] = rank_float(rank);
-    }
-    __syncthreads();
-}
-
 /* What follows from the totals: one lane a head, by warp 0. */
-__device__ void totals_finish(const winnow_gpu_view &view, team team, const part &part,
-                              memory *memory)
+__device__ void totals_finish(team team, const part &part, memory *memory)
 {
-    winnow_gpu_unit *unit = view.unit + part.unit_idx;
-    uint32_t g = threadIdx.x, n = unit->n_blocks;
-    double mass = view.launch->item[unit->item].mass;
+    uint32_t g = threadIdx.x;
     float share = 0;
 
     if (g < part.n_group) {
-        uint64_t z = fixed(exp_above(unit->ln_z[g], memory->m[g])), total = z;
+        uint64_t z = fixed(exp_above(part.ln_z, memory->m[g])), total = z;
         for (uint32_t r = 0; r < team.n_ranks; r++) {
             uint64_t high = *team_at(team, &memory->total[1][g], r);
             total += high << 32 | *team_at(team, &memory->total[0][g], r);
         }
         share = total ? __fdiv_rn(FIXED_ONE, __ull2float_rn(total)) : 0;
-        memory->total_inverse[g] = share;
-        memory->before[g] = z;
-        memory->goal[g] = mass * (double)total;
+        memory->to_share[g] = share;
+        memory->before[g] = share_word(__fmul_rn(__ull2float_rn(z), __fmul_rn(share, 0x1p-40f)));
+        memory->goal[g] = total ? part.goal : 0;
         if (team.rank == 0) {
-            unit->largest[g] = memory->m[g];
-            unit->z[g] = z;
-            unit->total[g] = total;
+            part.unit->z[g] = z;
+            part.unit->total[g] = total;
         }
     }
     for (uint32_t at = 16; at; at >>= 1)
         share = __fadd_rn(share, __shfl_xor_sync(~0u, share, at));
     if (g == 0) {
         memory->origin = __fmul_rn(log2_approx(share), 0.693147181f);
-        memory->ln_cut = logf((float)(0.9 * (1 - mass) / n));
     }
 }
 
@@ -133,53 +96,56 @@ __device__ void totals_find(const winnow_gpu_view &view, team team, const part &
         for (int g = 0; g < G; g++)
             total[g] += fixed(exp_above(ln_e[g], memory->m[g]));
     });
+    uint64_t mine = 0; /* lane g adds head g's */
 #pragma unroll
     for (int g = 0; g < G; g++) {
         /* In pieces of 20 bits: 32 of them fit a word, and a warp adds words in one instruction. */
         uint64_t sum = __reduce_add_sync(~0u, (uint32_t)total[g] & 0xfffff);
         sum += (uint64_t)__reduce_add_sync(~0u, (uint32_t)(total[g] >> 20) & 0xfffff) << 20;
         sum += (uint64_t)__reduce_add_sync(~0u, (uint32_t)(total[g] >> 40)) << 40;
-        if (threadIdx.x % 32 == 0)
-            words_add(&memory->total[0][g], &memory->total[1][g], sum);
+        mine = (int)(threadIdx.x % 32) == g ? sum : mine;
     }
+    if (mine)
+        words_add(&memory->total[0][threadIdx.x % 32], &memory->total[1][threadIdx.x % 32], mine);
     team_sync(team);
     if (threadIdx.x < 32)
-        totals_finish(view, team, part, memory);
+        totals_finish(team, part, memory);
     __syncthreads();
 }
 
-/* Of one block: its key, written, and its part of the bins. */
+/* Of one block: its key, written and kept, and its part of the bins. */
 template <int G>
 __device__ float block_key(const winnow_gpu_view &view, const part &part, uint32_t b,
                            memory *memory)
 {
     alignas(16) float ln_e[G];
-    float e[G], share = 0;
+    float share[G], sum = 0;
     bool is_known = true;
 
     estimates_load<G>(view, part, b, ln_e);
 #pragma unroll
     for (int g = 0; g < G; g++) {
-        e[g] = exp_above(ln_e[g], memory->m[g]);
-        share = __fmaf_rn(e[g], memory->total_inverse[g], share);
+        share[g] = __fmul_rn(exp_above(ln_e[g], memory->m[g]), memory->to_share[g]);
+        sum = __fadd_rn(sum, share[g]);
         is_known &= ln_e[g] < INFINITY;
     }
-    float key = is_known ? __fmul_rn(log2_approx(share), 0.693147181f) : INFINITY;
+    float key = is_known ? __fmul_rn(log2_approx(sum), 0.693147181f) : INFINITY;
     uint32_t class_b = class_of(key, memory->origin, memory->ln_cut);
     view.key[part.block_first + b] = key;
+    if (b - part.first < N_KEPT)
+        memory->key_kept[b - part.first] = key;
     if (class_b == CLASS_NEVER)
         return key;
     atomicAdd(class_b ? memory->count + class_b - 1 : &memory->n_unknown, 1);
-    for (uint32_t g = 0; g < part.n_group; g++) {
-        uint32_t *low = class_b ? mass_low(memory, g) + class_b - 1 : &memory->unknown[0][g];
-        uint32_t *high =
-            class_b ? mass_high(memory, part.n_group, g) + class_b - 1 : &memory->unknown[1][g];
-        words_add(low, high, fixed(e[g]));
-    }
+#pragma unroll
+    for (int g = 0; g < G; g++)
+        if (g < (int)part.n_group)
+            atomicAdd(class_b ? bin_shares(memory, g) + class_b - 1 : &memory->unknown[g],
+                      share_word(share[g]));
     return key;
 }
 
-/* Keys and bins, added over the team: unknown blocks stand before bin 0. Returns the unknown. */
+/* Keys and bins of the team. Returns the number of unknown blocks, which stand before bin 0. */
 template <int G>
 __device__ uint32_t keys_find(const winnow_gpu_view &view, team team, const part &part,
                               memory *memory)
@@ -200,73 +166,99 @@ __device__ uint32_t keys_find(const winnow_gpu_view &view, team team, const part
     for (uint32_t r = 0; r < team.n_ranks; r++)
         n_unknown += *team_at(team, &memory->n_unknown, r);
     if (n_unknown && threadIdx.x < part.n_group)
-        for (uint32_t r = 0; r < team.n_ranks; r++) {
-            uint64_t high = *team_at(team, &memory->unknown[1][threadIdx.x], r);
-            memory->before[threadIdx.x] +=
-                high << 32 | *team_at(team, &memory->unknown[0][threadIdx.x], r);
-        }
+        for (uint32_t r = 0; r < team.n_ranks; r++)
+            memory->before[threadIdx.x] += *team_at(team, &memory->unknown[threadIdx.x], r);
     if (n_unknown)
         __syncthreads();
     return n_unknown;
 }
 
-__device__ void unit_write(winnow_gpu_unit *unit, uint32_t n_unknown, const memory *memory)
+/* One warp. The rank of the largest estimate was read long before. */
+__device__ void unit_write(const part &part, uint32_t n_unknown, const memory *memory)
 {
-    unit->n_selected = memory->n_selected;
-    unit->n_groups = (memory->n_selected + 7) / 8;
-    unit->key_largest = rank_float(memory->key_largest);
-    unit->key_quarter = memory->key_quarter;
-    unit->key_threshold = memory->n_selected ? rank_float(memory->key_smallest)
-                          : n_unknown        ? INFINITY
-                                             : unit->key_largest;
-    if (memory->has_unknown)
+    winnow_gpu_unit *unit = part.unit;
+    uint32_t n = memory->n_selected;
+    float key_largest = rank_float(memory->key_largest);
+
+    if (threadIdx.x < part.n_group)
+        unit->largest[threadIdx.x] = memory->m[threadIdx.x];
+    if (threadIdx.x > 0)
+        return;
+    unit->n_selected = n;
+    unit->n_groups = (n + 7) / 8;
+    unit->key_largest = key_largest;
+    unit->key_threshold = n ? rank_float(memory->key_smallest) : n_unknown ? INFINITY : key_largest;
+    unit->key_quarter = memory->quarter_bin
+                            ? __fmaf_rn((float)memory->quarter_bin, -1 / BINS_NAT, memory->origin)
+                            : INFINITY;
+    if (n_unknown > n)
         atomicOr(&unit->has_unknown, 1);
 }
 
+/* m: the largest of ln_z and of the estimates, the rank of which the scan has left. Ends with a
+ * barrier. */
+__device__ void part_begin(team team, part *part, memory *memory)
+{
+    uint32_t g = threadIdx.x;
+
+    if (g == 0) {
+        memory->bin_last = -1;
+        memory->key_smallest = ~0u;
+    }
+    if (g < part->n_group) {
+        part->ln_z = part->unit->ln_z[g];
+        uint32_t rank = __float_as_uint(part->unit->largest[g]);
+        memory->m[g] = rank_float(max(rank, float_rank(part->ln_z)));
+    }
+    __syncthreads();
+}
+
 template <int G>
-__global__ void __launch_bounds__(N_THREADS, 1)
+__global__ void __launch_bounds__(N_THREADS, 2)
     select_kernel(const __grid_constant__ winnow_gpu_view view, uint32_t n_ranks)
 {
     extern __shared__ __align__(16) uint8_t dynamic[];
     memory *memory = (struct memory *)dynamic;
     team team = {blockIdx.x % n_ranks, n_ranks};
-    part part = {blockIdx.x / n_ranks, view.n_group, 0, 0, 0};
-
-    if (part.unit_idx >= view.launch->n_units)
-        return;
-    winnow_gpu_unit *unit = view.unit + part.unit_idx;
-    if (unit->status != 0)
-        return;
-    uint32_t n = unit->n_blocks, n_max = view.launch->item[unit->item].n_blocks_max;
-    part.block_first = unit->block_first;
-    part.first = (uint32_t)((uint64_t)n * team.rank / n_ranks);
-    part.n = (uint32_t)((uint64_t)n * (team.rank + 1) / n_ranks) - part.first;
-    n_max = n_max == 0 || n_max > n ? n : n_max;
+    uint32_t unit_idx = blockIdx.x / n_ranks;
+    part part = {view.unit + unit_idx, unit_idx, view.n_group, 0, 0, 0, 0, 0};
 
     memory_clear(view.n_group, memory);
+    earlier_kernels_wait();
+    const winnow_gpu_item &item = view.launch->item[unit_idx / view.n_kv_heads];
+    uint32_t n = part.unit->n_blocks, n_max = item.n_blocks_max;
+    float mass = item.mass;
+    list list = {{item.session, item.layer, unit_idx % view.n_kv_heads, view.launch->stamp},
+                 unit_idx,
+                 part.unit->block_first,
+                 1,
+                 0,
+                 0};
+    if (unit_idx >= view.launch->n_units || part.unit->status != 0)
+        return;
+    part.block_first = list.block_first;
+    part.first = (uint32_t)((uint64_t)n * team.rank / n_ranks);
+    part.n = (uint32_t)((uint64_t)n * (team.rank + 1) / n_ranks) - part.first;
+    part.goal = (uint32_t)ceilf(mass * SHARE_ONE);
+    n_max = n_max == 0 || n_max > n ? n : n_max;
     __syncthreads();
-    if (threadIdx.x == 0) {
-        memory->bin_last = -1;
-        memory->key_smallest = ~0u;
-    }
-    if (team.rank == 0 && threadIdx.x < 32)
-        chunks_push(view, part.unit_idx, 1);
-    largest_find<G>(view, team, part, memory);
+    if (threadIdx.x == 32)
+        memory->ln_cut = logf(0.9f * (1 - mass) / (float)n);
+    part_begin(team, &part, memory);
     totals_find<G>(view, team, part, memory);
     uint32_t n_unknown = keys_find<G>(view, team, part, memory);
-    threshold_find(team, part.n_group, memory);
-    if (threadIdx.x < 32)
-        selection_end(team, n_unknown, n_max, memory);
-    __syncthreads();
-    list_write(view, team, part.block_first, part.first, part.n, 1, view.listed + part.block_first,
-               memory, [&](uint32_t b) {
-                   return class_of(view.key[part.block_first + b], memory->origin, memory->ln_cut);
-               });
-    if (team.rank == 0 && threadIdx.x == 0)
-        unit_write(unit, n_unknown, memory);
-    list_resolve(view, team, part.unit_idx, 1, 0, memory->n_selected, 0, memory);
+    selection_find<G>(team, part.n_group, n_unknown, n_max, memory);
+    list_write(view, team, list, part.first, part.n, memory, [&](uint32_t b) {
+        return b - part.first < N_KEPT ? memory->key_kept[b - part.first]
+                                       : view.key[part.block_first + b];
+    });
+    if (team.rank == 0 && threadIdx.x < 32)
+        unit_write(part, n_unknown, memory);
+    list_resolve(view, team, list, memory->n_selected, memory);
+    if (team.rank == 0 && threadIdx.x >= N_THREADS - 32)
+        chunks_push(view, unit_idx, 1);
     if (threadIdx.x == 0)
-        counts_write(view, unit, memory);
+        counts_write(view, part.unit, list.unit.layer, memory);
 }
 
 typedef void select_function(winnow_gpu_view, uint32_t);
@@ -315,19 +307,21 @@ cudaError_t winnow_gpu_stage_select(const struct winnow_gpu_view *view,
 {
     uint32_t n_ranks;
     cudaError_t rc = ranks_find(grid, &n_ranks);
-    cudaLaunchAttribute attribute = {};
+    cudaLaunchAttribute attribute[2] = {};
     cudaLaunchConfig_t config = {};
 
     if (rc != cudaSuccess)
         return rc;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = n_ranks;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute[0].val.programmaticStreamSerializationAllowed = 1;
+    attribute[1].id = cudaLaunchAttributeClusterDimension;
+    attribute[1].val.clusterDim.x = n_ranks;
+    attribute[1].val.clusterDim.y = attribute[1].val.clusterDim.z = 1;
     config.gridDim = dim3(grid->n_units_max * n_ranks);
     config.blockDim = dim3(N_THREADS);
     config.dynamicSmemBytes = memory_bytes(view);
     config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = n_ranks > 1;
+    config.attrs = attribute;
+    config.numAttrs = n_ranks > 1 ? 2 : 1;
     return cudaLaunchKernelEx(&config, function_find(view), *view, n_ranks);
 }

@@ -17,7 +17,9 @@ namespace winnow_gpu_select
 {
 
 constexpr uint32_t N_BINS = WINNOW_GPU_BINS, CLASS_NEVER = N_BINS + 1;
+constexpr uint32_t N_KEPT = 8192; /* blocks of a thread block whose key is kept in shared memory */
 constexpr float BINS_NAT = 64, FIXED_ONE = 0x1p40f;
+constexpr float SHARE_ONE = 0x1p31f; /* T: shares in bins are words, added by one atomic */
 
 struct team { /* thread blocks that share a unit */
     uint32_t rank, n_ranks;
@@ -26,34 +28,31 @@ struct team { /* thread blocks that share a unit */
 /* Where listed blocks were found. */
 enum { FOUND_DEVICE, FOUND_HOST, FOUND_UNFIT, FOUND_DISK, FOUND_EVICTION, N_FOUND };
 
-struct memory { /* shared; the mass of bins follows: [G][N_BINS] low words, then high words */
-    uint32_t largest[WINNOW_GQA_MAX];                              /* as a rank: see float_rank */
-    uint32_t total[2][WINNOW_GQA_MAX], unknown[2][WINNOW_GQA_MAX]; /* low, high words */
-    float m[WINNOW_GQA_MAX], total_inverse[WINNOW_GQA_MAX];
-    uint64_t before[WINNOW_GQA_MAX]; /* mass that is there before bin 0 */
-    double goal[WINNOW_GQA_MAX];
+struct memory {                        /* shared; the shares in bins follow: [G][N_BINS] */
+    uint32_t total[2][WINNOW_GQA_MAX]; /* low and high words */
+    float m[WINNOW_GQA_MAX];           /* largest of the unit */
+    float to_share[WINNOW_GQA_MAX];    /* x exp(ln_e - m): share of T */
+    uint32_t before[WINNOW_GQA_MAX], unknown[WINNOW_GQA_MAX]; /* share before bin 0; its part */
+    uint32_t goal[WINNOW_GQA_MAX];
     float origin, ln_cut;
-    uint32_t key_largest,
-        key_smallest; /* ranks; smallest: of the selected, at rank 0 of the team */
+    uint32_t key_largest, key_smallest; /* ranks, in the team's rank 0; smallest: selected */
     uint32_t n_unknown;
     int32_t bin_last;
+    uint32_t n_known;                               /* in the bins up to bin_last */
     uint32_t class_end, n_of_class_end, n_selected; /* the selection */
-    float key_quarter;
-    uint32_t has_unknown;
-    uint32_t warp_sure[32], warp_maybe[32], n_sure, n_maybe; /* before each warp; of the block */
-    uint32_t n_push[3], push_first[3];                       /* fetches, ready, waiting */
+    uint32_t quarter_bin;                           /* the last quarter begins here; 0: all */
+    uint32_t warp_sum[WINNOW_GQA_MAX + 1][32];      /* of shares in bins; last, of counts */
+    uint32_t warp_sure[32], warp_maybe[32];         /* before each warp */
+    uint32_t n_sure, n_maybe;                       /* of this thread block */
+    uint32_t n_push[3], push_first[3];              /* fetches, ready, waiting */
     uint32_t n_found[N_FOUND];
     uint32_t count[N_BINS];
+    float key_kept[N_KEPT];
 };
 
-static __device__ uint32_t *mass_low(memory *memory, uint32_t g)
+static __device__ uint32_t *bin_shares(memory *memory, uint32_t g)
 {
     return (uint32_t *)(memory + 1) + g * N_BINS;
-}
-
-static __device__ uint32_t *mass_high(memory *memory, uint32_t n_group, uint32_t g)
-{
-    return (uint32_t *)(memory + 1) + (n_group + g) * N_BINS;
 }
 
 static __device__ void team_sync(team team)
@@ -80,8 +79,7 @@ template <class T> static __device__ T *team_at(team team, T *p, uint32_t rank)
 /* Orders as floats do, NaN apart; and back. */
 static __device__ uint32_t float_rank(float x)
 {
-    uint32_t bits = __float_as_uint(x);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return winnow_gpu_rank(__float_as_uint(x));
 }
 
 static __device__ float rank_float(uint32_t rank)
@@ -138,85 +136,137 @@ template <class T> static __device__ T warp_scan(T x) /* inclusive */
     return x;
 }
 
-/* The first bin at which before + the sum of load(bin) up to it reaches the goal; the last bin when
- * none does. By a warp. */
-template <class LOAD>
-static __device__ uint32_t bin_reaching(uint64_t before, double goal, LOAD load)
+/* A bin's word over the team. */
+static __device__ uint32_t bin_sum(team team, uint32_t *bins, uint32_t i)
 {
-    uint32_t lane = threadIdx.x % 32, run = N_BINS / 32;
-    uint64_t sum = 0;
-
-    for (uint32_t i = 0; i < run; i++) /* lanes a bank apart */
-        sum += load(lane * run + (i + lane) % run);
-    uint64_t up_to = before + warp_scan(sum);
-    uint32_t reached = __ballot_sync(~0u, (double)up_to >= goal);
-    if (!reached)
-        return N_BINS - 1;
-    uint32_t first = (uint32_t)__ffs((int)reached) - 1;
-    uint64_t start = __shfl_sync(~0u, up_to - sum, first);
-    up_to = start + warp_scan(load(first * run + lane));
-    reached = __ballot_sync(~0u, (double)up_to >= goal);
-    return first * run + (uint32_t)__ffs((int)reached) - 1;
+    uint32_t sum = bins[i];
+#pragma unroll 4
+    for (uint32_t r = 1; r < team.n_ranks; r++)
+        sum += team_at(team, bins, (team.rank + r) % team.n_ranks)[i];
+    return sum;
 }
 
-/* bin_last: where every head has reached its goal; -1: before bin 0. By all warps. */
-static __device__ void threshold_find(team team, uint32_t n_group, memory *memory)
-{
-    uint32_t n_warps = blockDim.x / 32;
+struct bin_run { /* the bins of one thread */
+    uint32_t first, n;
+    uint32_t below, sum; /* of what is counted: before the run, in it */
+};
 
-    for (uint32_t g = threadIdx.x / 32; g < n_group; g += n_warps) {
-        if ((double)memory->before[g] >= memory->goal[g])
-            continue;
-        uint32_t bin = bin_reaching(memory->before[g], memory->goal[g], [&](uint32_t i) {
-            uint64_t sum = 0;
-            for (uint32_t r = 0; r < team.n_ranks; r++) {
-                uint64_t high = team_at(team, mass_high(memory, n_group, g), r)[i];
-                sum += high << 32 | team_at(team, mass_low(memory, g), r)[i];
-            }
-            return sum;
-        });
-        if (threadIdx.x % 32 == 0)
+/* From an inclusive scan over the warp to the run's place among all; after a barrier. */
+static __device__ void bin_run_place(const uint32_t (&warp_sum)[32], uint32_t start,
+                                     uint32_t inclusive, bin_run *run)
+{
+    uint32_t lane = threadIdx.x % 32, warp_idx = threadIdx.x / 32;
+    uint32_t exclusive = __shfl_up_sync(~0u, inclusive, 1);
+
+    exclusive = lane ? exclusive : 0;
+    run->below = start + __reduce_add_sync(~0u, lane < warp_idx ? warp_sum[lane] : 0) + exclusive;
+    run->sum = inclusive - exclusive;
+}
+
+/* The bin of a run at which the sum reaches the goal, and the sum below it; N_BINS: elsewhere. */
+static __device__ uint32_t bin_reaching(team team, uint32_t *bins, const bin_run &run,
+                                        uint32_t goal, uint32_t *ret_below)
+{
+    uint32_t below = run.below, bin = run.first;
+
+    if (below >= goal || below + run.sum < goal)
+        return N_BINS;
+    for (uint32_t sum; (sum = bin_sum(team, bins, bin)), below + sum < goal; bin++)
+        below += sum;
+    *ret_below = below;
+    return bin;
+}
+
+/* bin_last: where every head has reached its goal; -1: before bin 0. Ends with a barrier. */
+template <int G>
+static __device__ void threshold_find(team team, uint32_t n_group, const uint32_t (&inclusive)[G],
+                                      bin_run run, memory *memory)
+{
+    uint32_t below;
+
+#pragma unroll
+    for (int g = 0; g < G; g++) {
+        if (g >= (int)n_group)
+            break;
+        uint32_t start = memory->before[g], goal = memory->goal[g];
+        bin_run_place(memory->warp_sum[g], start, inclusive[g], &run);
+        uint32_t bin = bin_reaching(team, bin_shares(memory, g), run, goal, &below);
+        if (threadIdx.x == blockDim.x - 1 && run.below + run.sum < goal)
+            bin = N_BINS - 1; /* by rounding: all there is */
+        if (start < goal && bin < N_BINS)
             atomicMax(&memory->bin_last, (int32_t)bin);
     }
     __syncthreads();
 }
 
-/* From bin_last to the selection: how many, what the budget leaves, the last quarter. Warp 0. */
-static __device__ void selection_end(team team, uint32_t n_unknown, uint32_t n_max, memory *memory)
+/* From bin_last to the selection: what the budget leaves, where the last quarter begins. run: of
+ * counts. Ends with a barrier. */
+static __device__ void selection_end(team team, uint32_t n_unknown, uint32_t n_max,
+                                     const bin_run &run, memory *memory)
 {
-    auto load = [&](uint32_t i) {
-        uint64_t sum = 0;
-        for (uint32_t r = 0; r < team.n_ranks; r++)
-            sum += team_at(team, memory->count, r)[i];
-        return sum;
-    };
-    auto count_below = [&](int32_t end) { /* bins */
-                                          uint32_t n = 0;
-                                          for (int32_t i = threadIdx.x % 32; i < end; i += 32)
-                                              n += (uint32_t)load((uint32_t)i);
-                                          return __reduce_add_sync(~0u, n);
-    };
-    uint32_t class_end = (uint32_t)(memory->bin_last + 2), n_of_class_end = 0;
-    uint32_t n = n_unknown + count_below(memory->bin_last + 1);
+    uint32_t bin_last = (uint32_t)memory->bin_last, below, bin;
 
-    if (n > n_max) {
-        bool is_in_unknown = n_unknown > n_max;
-        uint32_t bin = is_in_unknown ? 0 : bin_reaching(n_unknown, n_max + 1.0, load);
-        class_end = is_in_unknown ? 0 : 1 + bin;
-        n_of_class_end = is_in_unknown ? n_max : n_max - n_unknown - count_below((int32_t)bin);
-        n = n_max;
+    if (bin_last - run.first < run.n) { /* -1 is in no run */
+        uint32_t n_known = run.below - n_unknown;
+        for (uint32_t i = run.first; i <= bin_last; i++)
+            n_known += bin_sum(team, memory->count, i);
+        memory->n_known = n_known;
     }
-    uint32_t n_quarter = max(4u, (n + 3) / 4), quarter_bin = 0;
-    if (n_quarter < n)
-        quarter_bin = bin_reaching(n_unknown, n - n_quarter + 1.0, load);
-    if (threadIdx.x % 32 == 0) {
-        memory->class_end = class_end;
-        memory->n_of_class_end = n_of_class_end;
+    __syncthreads();
+    uint32_t n_all = n_unknown + memory->n_known, n = min(n_all, n_max);
+    uint32_t n_quarter = max(4u, (n + 3) / 4);
+    bool is_in_unknown = n_unknown >= n_max;
+    if (threadIdx.x == 0) {
         memory->n_selected = n;
-        memory->key_quarter =
-            quarter_bin ? __fmaf_rn((float)quarter_bin, -1 / BINS_NAT, memory->origin) : INFINITY;
-        memory->has_unknown = class_end == 0;
+        if (n_all <= n_max || is_in_unknown) {
+            memory->class_end = is_in_unknown ? 0 : bin_last + 2;
+            memory->n_of_class_end = is_in_unknown ? n_max : 0;
+        }
     }
+    if (n_all > n_max && !is_in_unknown) {
+        bin = bin_reaching(team, memory->count, run, n_max, &below);
+        if (bin < N_BINS) {
+            memory->class_end = 1 + bin;
+            memory->n_of_class_end = n_max - below;
+        }
+    }
+    if (n_quarter < n) {
+        bin = bin_reaching(team, memory->count, run, n - n_quarter + 1, &below);
+        if (bin < N_BINS)
+            memory->quarter_bin = bin;
+    }
+    __syncthreads();
+}
+
+/* From the bins, n_unknown blocks before them, to the selection. All threads, a run of bins each;
+ * ends with a barrier. */
+template <int G>
+static __device__ void selection_find(team team, uint32_t n_group, uint32_t n_unknown,
+                                      uint32_t n_max, memory *memory)
+{
+    bin_run run = {threadIdx.x * (N_BINS / blockDim.x), N_BINS / blockDim.x, 0, 0};
+    uint32_t inclusive[G] = {}, count = 0, warp_idx = threadIdx.x / 32;
+    bool is_last = threadIdx.x % 32 == 31;
+
+#pragma unroll
+    for (int g = 0; g < G; g++) {
+        if (g >= (int)n_group)
+            break;
+        for (uint32_t i = 0; i < run.n; i++)
+            inclusive[g] += bin_sum(team, bin_shares(memory, g), run.first + i);
+        inclusive[g] = warp_scan(inclusive[g]);
+        if (is_last)
+            memory->warp_sum[g][warp_idx] = inclusive[g];
+    }
+    for (uint32_t i = 0; i < run.n; i++)
+        count += bin_sum(team, memory->count, run.first + i);
+    count = warp_scan(count);
+    if (is_last)
+        memory->warp_sum[WINNOW_GQA_MAX][warp_idx] = count;
+    __syncthreads();
+    threshold_find<G>(team, n_group, inclusive, run, memory);
+    bin_run_place(memory->warp_sum[WINNOW_GQA_MAX], n_unknown, count, &run);
+    selection_end(team, n_unknown, n_max, run, memory);
 }
 
 /* Runs body(block) for the blocks [first, first + n) of a thread block, all lanes of a warp
@@ -254,22 +304,36 @@ static __device__ void warp_counts_scan(uint32_t n_sure, uint32_t n_maybe, memor
     }
 }
 
-/* Lists the selected of [first, first + n) in list order from listed on, marks them as of `round`;
- * class_at(block) is asked twice. Also the smallest key of all, into rank 0. Ends with the team's
+/* What a round lists. */
+struct list {
+    winnow_gpu_place unit;
+    uint32_t unit_idx, block_first, round;
+    uint32_t first, group_first; /* of the unit's listed, and of its groups */
+};
+
+/* Lists the selected of the unit's blocks [first, first + n) in list order and marks them;
+ * key_at(block) is asked twice. Also the smallest key of all, into rank 0. Ends with the team's
  * barrier: the whole list is there. */
-template <class CLASS>
-static __device__ void list_write(const winnow_gpu_view &view, team team, uint32_t block_first,
-                                  uint32_t first, uint32_t n, uint32_t round,
-                                  winnow_gpu_listed *listed, memory *memory, CLASS class_at)
+template <class KEY>
+static __device__ void list_write(const winnow_gpu_view &view, team team, const list &list,
+                                  uint32_t first, uint32_t n, memory *memory, KEY key_at)
 {
+    winnow_gpu_listed *listed = view.listed + list.block_first + list.first;
     uint32_t class_end = memory->class_end, n_max = memory->n_of_class_end;
-    uint32_t end = first + n, n_sure = 0, n_maybe = 0, smallest = ~0u;
+    uint32_t end = first + n, n_sure = 0, n_maybe = 0;
     uint32_t lanes_below = (1u << threadIdx.x % 32) - 1;
+    auto class_at = [&](uint32_t b, float *key) {
+        *key = b < end ? key_at(b) : -INFINITY;
+        return b < end ? class_of(*key, memory->origin, memory->ln_cut) : CLASS_NEVER;
+    };
 
     each_block(first, n, [&](uint32_t b) {
-        uint32_t class_b = b < end ? class_at(b) : CLASS_NEVER;
+        float key;
+        uint32_t class_b = class_at(b, &key);
         n_sure += __popc(__ballot_sync(~0u, class_b < class_end));
         n_maybe += __popc(__ballot_sync(~0u, class_b == class_end));
+        if (class_b < class_end || (class_b == class_end && n_max))
+            winnow_gpu_resolve_prefetch(view, list.unit, b);
     });
     warp_counts_scan(n_sure, n_maybe, memory);
     team_sync(team);
@@ -280,23 +344,22 @@ static __device__ void list_write(const winnow_gpu_view &view, team team, uint32
         n_maybe += *team_at(team, &memory->n_maybe, r);
     }
     each_block(first, n, [&](uint32_t b) {
-        uint32_t class_b = b < end ? class_at(b) : CLASS_NEVER;
+        float key;
+        uint32_t class_b = class_at(b, &key);
         uint32_t sure = __ballot_sync(~0u, class_b < class_end);
         uint32_t maybe = __ballot_sync(~0u, class_b == class_end);
         uint32_t n_maybe_before = n_maybe + __popc(maybe & lanes_below);
         bool is_selected = class_b < class_end || (class_b == class_end && n_maybe_before < n_max);
         if (is_selected) {
             listed[n_sure + __popc(sure & lanes_below) + min(n_maybe_before, n_max)].block = b;
-            smallest = min(smallest, float_rank(view.key[block_first + b]));
+            if (class_b + 1 >= class_end) /* in the last class, or that before it */
+                atomicMin(team_at(team, &memory->key_smallest, 0), float_rank(key));
         }
-        if (b < end && (is_selected || round == 1))
-            view.selected[block_first + b] = is_selected ? round : 0;
+        if (b < end && (is_selected || list.round == 1))
+            view.selected[list.block_first + b] = is_selected ? list.round : 0;
         n_sure += __popc(sure);
         n_maybe += __popc(maybe);
     });
-    smallest = __reduce_min_sync(~0u, smallest);
-    if (threadIdx.x % 32 == 0 && smallest != ~0u)
-        atomicMin(team_at(team, &memory->key_smallest, 0), smallest);
     team_sync(team);
 }
 
@@ -323,17 +386,16 @@ static __device__ void resolved_count(const winnow_gpu_resolved &block, bool is_
     }
 }
 
-/* Gives each of n listed blocks its place and pushes fetches and groups. `first` of the unit's
- * list, a multiple of 8 after the round's first. Ends with a barrier. */
-static __device__ void list_resolve(const winnow_gpu_view &view, team team, uint32_t unit_idx,
-                                    uint32_t round, uint32_t list_first, uint32_t n,
-                                    uint32_t group_first, memory *memory)
+/* Gives each of the n blocks of a list its place and pushes fetches and groups. Ends with a
+ * barrier. */
+static __device__ void list_resolve(const winnow_gpu_view &view, team team, const list &list,
+                                    uint32_t n, memory *memory)
 {
-    winnow_gpu_unit *unit = view.unit + unit_idx;
-    winnow_gpu_listed *listed = view.listed + unit->block_first + list_first;
-    winnow_gpu_queue *queue = view.queue + round - 1;
-    uint32_t session = view.launch->item[unit->item].session, stamp = view.launch->stamp;
-    uint32_t *queue_n[3] = {&queue->n_fetch, &queue->n_ready, &queue->n_waiting};
+    winnow_gpu_listed *listed = view.listed + list.block_first + list.first;
+    winnow_gpu_queue *queue = view.queue + list.round - 1;
+    uint32_t *queue_n = threadIdx.x == 0   ? &queue->n_fetch
+                        : threadIdx.x == 1 ? &queue->n_ready
+                                           : &queue->n_waiting;
 
     for (uint32_t at = team.rank * blockDim.x; at < n; at += team.n_ranks * blockDim.x) {
         uint32_t i = at + threadIdx.x, block = 0;
@@ -342,16 +404,15 @@ static __device__ void list_resolve(const winnow_gpu_view &view, team team, uint
             memory->n_push[threadIdx.x] = 0;
         if (i < n) {
             block = __ldcg(&listed[i].block);
-            is = winnow_gpu_resolve(view, *unit, session, stamp, block);
+            is = winnow_gpu_resolve(view, list.unit, block);
             listed[i].place = is.place;
         }
         if (i < n && is.place == WINNOW_GPU_ON_DISK) {
-            view.selected[unit->block_first + block] = 0;
-            if (__ldcg(&view.key[unit->block_first + block]) == INFINITY)
-                atomicOr(&unit->has_unknown, 1);
+            view.selected[list.block_first + block] = 0;
+            if (__ldcg(&view.key[list.block_first + block]) == INFINITY)
+                atomicOr(&view.unit[list.unit_idx].has_unknown, 1);
         }
         __syncthreads();
-        resolved_count(is, i < n, memory);
         uint32_t waits = __ballot_sync(~0u, is.has_to_wait) >> threadIdx.x % 32 / 8 * 8 & 0xff;
         bool is_group = threadIdx.x % 8 == 0 && i < n;
         bool is_pushed[3] = {is.has_to_fetch, is_group && !waits, is_group && waits};
@@ -359,27 +420,26 @@ static __device__ void list_resolve(const winnow_gpu_view &view, team team, uint
         for (int k = 0; k < 3; k++)
             place[k] = push_reserve(&memory->n_push[k], __ballot_sync(~0u, is_pushed[k]));
         __syncthreads();
-        if (threadIdx.x < 3)
-            memory->push_first[threadIdx.x] =
-                memory->n_push[threadIdx.x]
-                    ? atomicAdd(queue_n[threadIdx.x], memory->n_push[threadIdx.x])
-                    : 0;
+        if (threadIdx.x < 3 && memory->n_push[threadIdx.x])
+            memory->push_first[threadIdx.x] = atomicAdd(queue_n, memory->n_push[threadIdx.x]);
+        resolved_count(is, i < n, memory);
         __syncthreads();
+        winnow_gpu_work work = {list.unit_idx, list.group_first + i / 8};
         if (is_pushed[0])
             view.fetch[memory->push_first[0] + place[0]] = {is.home, is.place};
         if (is_pushed[1])
-            view.ready[memory->push_first[1] + place[1]] = {unit_idx, group_first + i / 8};
+            view.ready[memory->push_first[1] + place[1]] = work;
         if (is_pushed[2])
-            view.waiting[memory->push_first[2] + place[2]] = {unit_idx, group_first + i / 8};
+            view.waiting[memory->push_first[2] + place[2]] = work;
     }
     __syncthreads();
 }
 
 /* This thread block's part of the unit's and the layer's counts. One thread, after list_resolve. */
 static __device__ void counts_write(const winnow_gpu_view &view, winnow_gpu_unit *unit,
-                                    const memory *memory)
+                                    uint32_t layer, const memory *memory)
 {
-    winnow_gpu_counters *counters = view.counters + unit->layer;
+    winnow_gpu_counters *counters = view.counters + layer;
     const uint32_t *n = memory->n_found;
     auto add = [](uint64_t *at, uint32_t by) {
         if (by)
@@ -396,26 +456,34 @@ static __device__ void counts_write(const winnow_gpu_view &view, winnow_gpu_unit
     add(&counters->n_unfit, n[FOUND_UNFIT]);
 }
 
-/* Queues all chunks of a unit. Any number of threads, from the first warp's. */
+/* Queues all chunks of a unit. One warp. */
 static __device__ void chunks_push(const winnow_gpu_view &view, uint32_t unit_idx, uint32_t round)
 {
     winnow_gpu_queue *queue = view.queue + round - 1;
-    uint32_t n = view.unit[unit_idx].n_chunks, first = 0;
+    uint32_t n = view.unit[unit_idx].n_chunks, lane = threadIdx.x % 32, first = 0;
 
-    if (threadIdx.x == 0)
+    if (lane == 0)
         first = atomicAdd(&queue->n_ready, n);
     first = __shfl_sync(~0u, first, 0);
-    for (uint32_t i = threadIdx.x; i < n; i += 32)
+    for (uint32_t i = lane; i < n; i += 32)
         view.ready[first + i] = {unit_idx, WINNOW_GPU_WORK_CHUNK | i};
 }
 
 /* Clears what sums are added to. Needs a barrier after it. */
 static __device__ void memory_clear(uint32_t n_group, memory *memory)
 {
-    uint32_t *words = (uint32_t *)memory, n = sizeof(*memory) / 4 + 2 * n_group * N_BINS;
+    uint32_t *words = (uint32_t *)memory, *shares = bin_shares(memory, 0);
+    uint32_t n_words = offsetof(struct memory, key_kept) / 4;
 
-    for (uint32_t i = threadIdx.x; i < n; i += blockDim.x)
+    for (uint32_t i = threadIdx.x; i < n_words; i += blockDim.x)
         words[i] = 0;
+    for (uint32_t i = threadIdx.x; i < n_group * N_BINS; i += blockDim.x)
+        shares[i] = 0;
+}
+
+static __device__ uint32_t share_word(float share)
+{
+    return __float2uint_rn(__fmul_rn(fminf(share, 1), SHARE_ONE));
 }
 
 /* Adds an unselected block to the bins of the second round. */
@@ -425,9 +493,10 @@ static __device__ void more_add(const winnow_gpu_view &view, const winnow_gpu_un
     const float *ln_e = view.ln_e + (size_t)(unit.block_first + block) * view.n_group;
 
     atomicAdd(memory->count + bin, 1);
-    for (uint32_t g = 0; g < view.n_group; g++)
-        words_add(mass_low(memory, g) + bin, mass_high(memory, view.n_group, g) + bin,
-                  fixed(exp_above(ln_e[g], unit.largest[g])));
+    for (uint32_t g = 0; g < view.n_group; g++) {
+        float e = exp_above(ln_e[g], unit.largest[g]);
+        atomicAdd(bin_shares(memory, g) + bin, share_word(__fmul_rn(e, memory->to_share[g])));
+    }
 }
 
 } // namespace winnow_gpu_select
@@ -435,11 +504,11 @@ static __device__ void more_add(const winnow_gpu_view &view, const winnow_gpu_un
 /* Dynamic shared memory that winnow_gpu_select_more takes, 16-byte aligned. */
 static inline __host__ __device__ uint32_t winnow_gpu_select_more_bytes(uint32_t n_group)
 {
-    return (uint32_t)sizeof(winnow_gpu_select::memory) + 2 * n_group * WINNOW_GPU_BINS * 4;
+    return (uint32_t)sizeof(winnow_gpu_select::memory) + n_group * WINNOW_GPU_BINS * 4;
 }
 
 /*
- * Called by all threads (whole warps) of a thread block, for one short unit. Goes on by bins of
+ * Called by all threads of a thread block (a power of 2 of them, 32 to 1,024), for one short unit. Goes on by bins of
  * 1/64 nat below the first round until every query head has got need[g] by estimate, or the budget
  * ends it. Then: selected = 2; listed [n_selected, + n_more) in list order, each with its place;
  * n_more, n_groups_more, key_threshold, has_unknown, n_device, n_host, n_unfit, n_disk brought up
@@ -454,48 +523,56 @@ static __device__ void winnow_gpu_select_more(const winnow_gpu_view &view, uint3
     memory *memory = (struct memory *)shared;
     winnow_gpu_unit *unit = view.unit + unit_idx;
     uint32_t n = unit->n_blocks, n_first = unit->n_selected, block_first = unit->block_first;
-    uint32_t n_max = view.launch->item[unit->item].n_blocks_max;
+    const winnow_gpu_item &item = view.launch->item[unit->item];
+    uint32_t n_max = item.n_blocks_max;
     float origin = n_first ? unit->key_threshold : unit->key_largest;
     bool is_first_in = n_first == 0;
     /* What the first round listed, on disk or not, has a key of key_threshold or more. */
-    auto class_at = [&](uint32_t b) {
+    auto key_at = [&](uint32_t b) {
         float key = view.key[block_first + b];
         bool is_new = key < origin || (is_first_in && key == origin);
-        return is_new ? class_of(key, origin, -INFINITY) : CLASS_NEVER;
+        return is_new ? key : NAN;
     };
 
     n_max = n_max == 0 || n_max > n ? n : n_max;
     __syncthreads();
     memory_clear(view.n_group, memory);
     __syncthreads();
-    if (threadIdx.x < view.n_group)
-        memory->goal[threadIdx.x] = (double)unit->need[threadIdx.x] * 0x1p40;
+    if (threadIdx.x < view.n_group) {
+        uint64_t total = unit->total[threadIdx.x];
+        float to_share = total ? __fdiv_rn(FIXED_ONE, __ull2float_rn(total)) : 0;
+        memory->to_share[threadIdx.x] = to_share;
+        memory->goal[threadIdx.x] = share_word(fmaxf(unit->need[threadIdx.x], 0) * to_share);
+    }
     if (threadIdx.x == 0) {
         memory->bin_last = -1;
         memory->origin = origin;
+        memory->ln_cut = -INFINITY;
         memory->key_smallest = ~0u;
     }
     if (threadIdx.x < 32)
         chunks_push(view, unit_idx, 2);
     each_block(0, n, [&](uint32_t b) {
-        uint32_t class_b = b < n ? class_at(b) : CLASS_NEVER;
+        uint32_t class_b = class_of(b < n ? key_at(b) : NAN, origin, -INFINITY);
         if (class_b != CLASS_NEVER)
             more_add(view, *unit, b, class_b - 1, memory);
     });
     __syncthreads();
-    threshold_find({0, 1}, view.n_group, memory);
-    if (threadIdx.x < 32)
-        selection_end({0, 1}, 0, n_max - n_first, memory);
-    __syncthreads();
-    list_write(view, {0, 1}, block_first, 0, n, 2, view.listed + block_first + n_first, memory,
-               class_at);
-    list_resolve(view, {0, 1}, unit_idx, 2, n_first, memory->n_selected, unit->n_groups, memory);
+    selection_find<WINNOW_GQA_MAX>({0, 1}, view.n_group, 0, n_max - n_first, memory);
+    list list = {{item.session, unit->layer, unit->head, view.launch->stamp},
+                 unit_idx,
+                 block_first,
+                 2,
+                 n_first,
+                 unit->n_groups};
+    list_write(view, {0, 1}, list, 0, n, memory, key_at);
+    list_resolve(view, {0, 1}, list, memory->n_selected, memory);
     if (threadIdx.x == 0) {
         unit->n_more = memory->n_selected;
         unit->n_groups_more = (memory->n_selected + 7) / 8;
         if (memory->n_selected)
             unit->key_threshold = rank_float(memory->key_smallest);
-        counts_write(view, unit, memory);
+        counts_write(view, unit, list.unit.layer, memory);
     }
     __syncthreads();
 }

@@ -46,6 +46,7 @@ enum {
     WINNOW_GPU_BINS = 1024,        /* of 1/64 nat, from the largest key down; the last is open */
     WINNOW_GPU_CHUNK_BLOCKS = 512, /* unselected blocks of one compensation partial */
     WINNOW_GPU_TAIL_GROUPS_MAX = 160,
+    WINNOW_GPU_SCAN_RUNS_MAX = 64,
 };
 #define WINNOW_GPU_FETCHING   UINT64_C(0x80000000)
 #define WINNOW_GPU_STAMP_MASK UINT64_C(0x7fffffff)
@@ -91,7 +92,7 @@ struct winnow_gpu_unit {
     float key_quarter;     /* the last quarter of the selected, at least 4: key < this, known */
     float key_largest;     /* of the known; -inf: none is */
     float ln_z[WINNOW_GQA_MAX];                        /* mass of sinks and tail */
-    float largest[WINNOW_GQA_MAX];                     /* of ln_z and the known ln_e */
+    float largest[WINNOW_GQA_MAX]; /* of ln_z and the known ln_e; scan leaves the latter's rank */
     uint64_t z[WINNOW_GQA_MAX], total[WINNOW_GQA_MAX]; /* exp(ln_z), and with all ln_e */
     uint64_t quarter_m[WINNOW_GQA_MAX], quarter_e[WINNOW_GQA_MAX]; /* of the last quarter: rho */
     float rho[WINNOW_GQA_MAX], mass[WINNOW_GQA_MAX];
@@ -107,7 +108,8 @@ struct winnow_gpu_unit {
 struct winnow_gpu_queue {
     uint32_t n_fetch, n_ready, n_waiting;
     uint32_t waiting_next, ticket_next, unit_next; /* taken by attend, more */
-    uint32_t n_short, n_listed;         /* units: short after this round; whose list is complete */
+    uint32_t n_short, n_listed; /* units: short after this round; whose list is complete */
+    uint32_t scan_next[WINNOW_GPU_SCAN_RUNS_MAX]; /* records of each run that scan has taken */
 };
 
 struct winnow_gpu_launch {
@@ -120,6 +122,15 @@ struct winnow_gpu_launch {
     uint32_t partial_first[WINNOW_GPU_ITEMS_MAX]; /* likewise, in partials; a head takes the same */
     uint32_t partials_of_head[WINNOW_GPU_ITEMS_MAX];
 };
+
+/* Bits of a float that is a number to a rank that orders as it does; 0 is below all. */
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+static inline uint32_t winnow_gpu_rank(uint32_t bits)
+{
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
 
 /* By value to every kernel. */
 struct winnow_gpu_view {

@@ -16,9 +16,9 @@
 namespace
 {
 constexpr uint32_t N_POWER_ITERATIONS = 16, N_TILE = 8, CHUNK_FLOATS = 4096;
-constexpr uint32_t WIDTH_MAX = WINNOW_WIDTH_MAX, SHARED_WIDTH_MAX = 128;
+constexpr uint32_t WIDTH_MAX = WINNOW_WIDTH_MAX;
 
-/* Of one unit, in shared memory; behind it, where the width allows, C. */
+/* Of one unit, in shared memory; behind it C, its lower triangle. */
 struct node {
     double mean[WIDTH_MAX], sum[N_THREADS];
     float x[CHUNK_FLOATS], v[WIDTH_MAX], part[N_THREADS];
@@ -30,7 +30,7 @@ struct unit {
     const float *k;
     uint16_t *order, *moved; /* of the node's first token on; moved: scratch */
     uint32_t *rank;
-    float *c;     /* [width][width] */
+    float *c;     /* see c_at */
     double scale; /* 1 / the unit's largest |k - mean|, 0 when there is none */
 };
 
@@ -118,6 +118,13 @@ __device__ void tile_at(uint32_t idx, uint32_t n, uint32_t *row, uint32_t *colum
     *column = *row + idx;
 }
 
+/* Triangular numbers are all different modulo 32 for 32 rows: neither a row nor a column of the
+ * triangle, a thread an element, meets a bank twice. */
+__device__ uint32_t c_at(uint32_t p, uint32_t q)
+{
+    return p >= q ? p * (p + 1) / 2 + q : q * (q + 1) / 2 + p;
+}
+
 /* C = X^T X. */
 __device__ void node_covariance(struct node &node, const struct unit &unit, uint32_t n_tokens)
 {
@@ -149,7 +156,7 @@ __device__ void node_covariance(struct node &node, const struct unit &unit, uint
         for (uint32_t i = 0; i < N_TILE && has_tile; i++)
             for (uint32_t j = 0; j < N_TILE; j++) {
                 uint32_t p = row + n * i, q = column + n * j;
-                unit.c[p * unit.width + q] = unit.c[q * unit.width + p] = c[i][j];
+                unit.c[c_at(p, q)] = c[i][j];
             }
     }
     __syncthreads();
@@ -159,7 +166,7 @@ __device__ void node_covariance(struct node &node, const struct unit &unit, uint
 __device__ uint32_t node_widest(const struct unit &unit, float *largest)
 {
     uint32_t d = threadIdx.x;
-    float mine = d < unit.width ? unit.c[d * unit.width + d] : -1;
+    float mine = d < unit.width ? unit.c[c_at(d, d)] : -1;
 
     *largest = block_max(mine);
     return block_min(mine == *largest ? d : unit.width);
@@ -175,7 +182,8 @@ __device__ void power_step(struct node &node, const struct unit &unit, float inv
     if (part < n_parts) {
 #pragma unroll 8
         for (uint32_t d = part; d < width; d += n_parts)
-            sum = fmaf(unit.c[d * width + row] * inverse, node.v[d], sum);
+            sum = fmaf(unit.c[c_at(row, d)], node.v[d], sum);
+        sum *= inverse;
     }
     node.part[threadIdx.x] = sum;
     __syncthreads();
@@ -206,6 +214,7 @@ __device__ void node_project(const struct node &node, const struct unit &unit, u
 {
     uint32_t lane = threadIdx.x % 32;
 
+#pragma unroll 2
     for (uint32_t i = threadIdx.x / 32; i < n_tokens; i += N_THREADS / 32) {
         const float *k = token_key(unit, i);
         double sum = 0;
@@ -272,15 +281,9 @@ __device__ void node_split(struct node &node, const struct unit &unit, uint32_t 
     __syncthreads();
 }
 
-/* Bytes of C outside shared memory. */
-__host__ __device__ size_t c_bytes(uint32_t width)
+__host__ __device__ size_t unit_scratch_bytes(uint32_t n_blocks)
 {
-    return width <= SHARED_WIDTH_MAX ? 0 : (size_t)width * width * sizeof(float);
-}
-
-__host__ __device__ size_t unit_scratch_bytes(uint32_t width, uint32_t n_blocks)
-{
-    return c_bytes(width) + (size_t)16 * n_blocks * (sizeof(uint32_t) + sizeof(uint16_t));
+    return (size_t)16 * n_blocks * (sizeof(uint32_t) + sizeof(uint16_t));
 }
 
 __global__ void __launch_bounds__(N_THREADS, 2)
@@ -290,13 +293,12 @@ __global__ void __launch_bounds__(N_THREADS, 2)
     struct node &node = *(struct node *)memory;
     uint32_t n_tokens = 16 * n_blocks, depth = 1;
     uint32_t stack[16] = {n_blocks}; /* first block << 16 | blocks; the right half waits below */
-    float *c = (float *)(scratch + blockIdx.x * unit_scratch_bytes(width, n_blocks));
-    uint32_t *rank = (uint32_t *)((uint8_t *)c + c_bytes(width));
+    uint32_t *rank = (uint32_t *)(scratch + blockIdx.x * unit_scratch_bytes(n_blocks));
     struct unit unit = {};
 
     unit.width = width;
     unit.k = k + (size_t)blockIdx.x * n_tokens * width;
-    unit.c = width <= SHARED_WIDTH_MAX ? (float *)(&node + 1) : c;
+    unit.c = (float *)(&node + 1);
     order += (size_t)blockIdx.x * n_tokens;
     for (uint32_t t = threadIdx.x; t < n_tokens; t += N_THREADS)
         order[t] = (uint16_t)t;
@@ -364,6 +366,7 @@ __device__ double rows_mean(const float *const *row, uint32_t d, double *var)
 __device__ double distance(uint32_t width, const float *x, const double *y)
 {
     double square = 0;
+#pragma unroll 16
     for (uint32_t d = 0; d < width; d++) {
         double difference = (double)x[d] - (y ? y[d] : 0);
         square += difference * difference;
@@ -478,18 +481,15 @@ __global__ void segment_mean(struct winnow_gpu_build build)
 }
 } /* namespace */
 
-size_t winnow_gpu_build_scratch_bytes(uint32_t k_width, uint32_t n_blocks)
+size_t winnow_gpu_build_scratch_bytes(uint32_t n_blocks)
 {
-    return unit_scratch_bytes(k_width, n_blocks);
+    return unit_scratch_bytes(n_blocks);
 }
 
 cudaError_t winnow_gpu_build_launch(const struct winnow_gpu_build *build, cudaStream_t stream)
 {
     uint32_t n_blocks = build->index.n_blocks, width = build->k_width;
-    size_t shared_bytes = sizeof(struct node);
-
-    if (width <= SHARED_WIDTH_MAX)
-        shared_bytes += (size_t)width * width * sizeof(float);
+    size_t shared_bytes = sizeof(struct node) + (size_t)width * (width + 1) / 2 * sizeof(float);
     cudaError_t error = cudaFuncSetAttribute(bisect, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              (int)shared_bytes);
     if (error != cudaSuccess)

@@ -194,7 +194,7 @@ static int build(const struct winnow_model_shape *shape, uint32_t n_blocks, cons
         if (array[i].host)
             *array[i].device = call_new(&call, array[i].n_bytes);
     if (is_finite && n_blocks > 0) {
-        size_t scratch_bytes = winnow_gpu_build_scratch_bytes(shape->k_width, n_blocks);
+        size_t scratch_bytes = winnow_gpu_build_scratch_bytes(n_blocks);
         struct winnow_gpu_build launch = {
             .k_width = shape->k_width,
             .v_width = shape->v_width,

@@ -32,7 +32,7 @@ struct winnow_gpu_build {
     struct winnow_index_view index; /* of unit 0 */
     void *scratch;                  /* winnow_gpu_build_scratch_bytes for each unit */
 };
-size_t winnow_gpu_build_scratch_bytes(uint32_t k_width, uint32_t n_blocks);
+size_t winnow_gpu_build_scratch_bytes(uint32_t n_blocks);
 cudaError_t winnow_gpu_build_launch(const struct winnow_gpu_build *, cudaStream_t);
 
 /* As kernels.h says; view holds device pointers. */

@@ -5,6 +5,8 @@
  * A thread block attends a group of eight blocks: a warp loads a block's 8 KiB (d 128) at once, so
  * two thread blocks keep 128 KiB in flight on an SM, which is several times what latency times
  * bandwidth asks for, and while one joins the other loads.
+ * Rejected: one thread block an SM with 216 registers, and loading the next group's blocks before
+ * the join (215 us at 128K x 8, all hits, against 171: 540 bytes of spills).
  */
 #include <kernels/cuda/forms.cuh>
 #include <kernels/cuda/stage.h>
@@ -44,6 +46,8 @@ __global__ void __launch_bounds__(ATTEND_THREADS, F::BLOCKS_PER_SM)
     __shared__ uint32_t is_last;
     uint32_t unit_idx = blockIdx.x, row = view.n_group * (view.v_width + 2);
 
+    later_kernel_launch();
+    earlier_kernels_wait();
     if (unit_idx >= view.launch->n_units)
         return;
     winnow_gpu_unit *unit = view.unit + unit_idx;
@@ -69,7 +73,9 @@ __global__ void __launch_bounds__(ATTEND_THREADS, F::BLOCKS_PER_SM)
     attend_kernel(const __grid_constant__ winnow_gpu_view view)
 {
     extern __shared__ __align__(16) uint8_t dynamic[];
-    work_run<F>(view, &view.queue[0], true, (work_memory<F> *)dynamic);
+    later_kernel_launch();
+    earlier_kernels_wait();
+    work_run<F, true>(view, &view.queue[0], (work_memory<F> *)dynamic);
 }
 
 } // namespace
@@ -81,8 +87,7 @@ cudaError_t winnow_gpu_stage_tail(const struct winnow_gpu_view *view,
         using F = decltype(of);
         uint32_t n_groups = (view->n_sink_blocks + view->ring_blocks + GROUP - 1) / GROUP;
         dim3 n_blocks(grid->n_units_max, n_groups < 16 ? n_groups : 16);
-        tail_kernel<F><<<n_blocks, ATTEND_THREADS, sizeof(work_memory<F>), stream>>>(*view);
-        return cudaGetLastError();
+        return launch_behind(tail_kernel<F>, n_blocks, sizeof(work_memory<F>), stream, *view);
     });
 }
 
@@ -92,8 +97,7 @@ cudaError_t winnow_gpu_stage_attend(const struct winnow_gpu_view *view,
     return form_call(*view, [&](auto of) {
         using F = decltype(of);
         uint32_t n_blocks = grid->n_multiprocessors * F::BLOCKS_PER_SM;
-        attend_kernel<F><<<n_blocks, ATTEND_THREADS, sizeof(work_memory<F>), stream>>>(*view);
-        return cudaGetLastError();
+        return launch_behind(attend_kernel<F>, n_blocks, sizeof(work_memory<F>), stream, *view);
     });
 }
 

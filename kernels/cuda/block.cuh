@@ -23,14 +23,13 @@ __device__ inline void block_load(const winnow_gpu_view &view, const uint8_t *bl
 {
     const uint4 *at = (const uint4 *)block + lane_id();
     uint32_t n_k = view.k_width / 16, n_v = view.v_width / 16;
-    const uint4 zero = {0, 0, 0, 0};
 
 #pragma unroll
     for (int j = 0; j < F::TILES; j++)
-        x.k[j] = j < n_k ? __ldcg(at + 32 * j) : zero;
+        x.k[j] = load_if(j < n_k, at + 32 * j);
 #pragma unroll
     for (int j = 0; j < F::TILES; j++)
-        x.v[j] = j < n_v ? __ldcg(at + 32 * (n_k + j)) : zero;
+        x.v[j] = load_if(j < n_v, at + 32 * (n_k + j));
 }
 
 /* A lane's logits of tokens r and r + 8 (token): raw products, unscaled. */

@@ -192,13 +192,13 @@ __device__ inline void chunk_rows_load(const winnow_gpu_view &view, const chunk_
         uint64_t row = __shfl_sync(~0u, blocks.row[step / 2], i);
         const uint8_t *at = view.index + 16 * row + d;
         if constexpr (ROW_BYTES<F> == 16) {
-            uint4 x = is_near ? __ldg((const uint4 *)at) : make_uint4(0, 0, 0, 0);
+            uint4 x = load_if(is_near, (const uint4 *)at);
             rows.word[t][0] = x.x;
             rows.word[t][1] = x.y;
             rows.word[t][2] = x.z;
             rows.word[t][3] = x.w;
         } else {
-            uint2 x = is_near ? __ldg((const uint2 *)at) : make_uint2(0, 0);
+            uint2 x = load_if(is_near, (const uint2 *)at);
             rows.word[t][0] = x.x;
             rows.word[t][1] = x.y;
         }
@@ -246,14 +246,15 @@ __device__ inline void chunk_slab(const winnow_gpu_view &view, const chunk_block
     constexpr int N_TILES = ROW_BYTES<F> / 2;
     uint32_t lane = lane_id(), d = slab_first + lane / 4 * ROW_BYTES<F>;
     float sum[N_TILES][F::SUMS][4] = {};
-    chunk_rows<F> rows[2];
+    chunk_rows<F> rows[3];
 
     chunk_rows_load<F>(view, blocks, w, 0, d, rows[0]);
+    chunk_rows_load<F>(view, blocks, w, 1, d, rows[1]);
 #pragma unroll
     for (int step = 0; step < 4; step++) {
-        const uint32_t(&row)[4][ROW_BYTES<F> / 4] = rows[step % 2].word;
-        if (step < 3)
-            chunk_rows_load<F>(view, blocks, w, step + 1, d, rows[(step + 1) % 2]);
+        const uint32_t(&row)[4][ROW_BYTES<F> / 4] = rows[step % 3].word;
+        if (step < 2)
+            chunk_rows_load<F>(view, blocks, w, step + 2, d, rows[(step + 2) % 3]);
 #pragma unroll
         for (int j = 0; j < N_TILES; j++) {
             uint4 a;

@@ -1,6 +1,7 @@
 /* From a view to the form that its kernels are compiled for. */
 #pragma once
 
+#include <kernels/cuda/edge.cuh>
 #include <kernels/cuda/fragment.cuh>
 
 template <int WIDTH, int HEADS, class Call>
@@ -30,4 +31,29 @@ template <class Call> cudaError_t form_call(const winnow_gpu_view &view, Call ca
     if (width <= 128)
         return form_call_heads<128>(view, call);
     return form_call_heads<256>(view, call);
+}
+
+/* Launches a kernel of the view that may start while the one before it still runs, where the device
+ * can; the kernel waits itself (edge.cuh). */
+inline cudaError_t launch_behind(void (*kernel)(winnow_gpu_view), dim3 n_blocks, uint32_t n_bytes,
+                                 cudaStream_t stream, const winnow_gpu_view &view)
+{
+    cudaLaunchAttribute attribute = {};
+    cudaLaunchConfig_t config = {};
+    int device, major;
+    cudaError_t rc = cudaGetDevice(&device);
+
+    if (rc == cudaSuccess)
+        rc = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (rc != cudaSuccess)
+        return rc;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = n_blocks;
+    config.blockDim = dim3(ATTEND_THREADS);
+    config.dynamicSmemBytes = n_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = major >= 9;
+    return cudaLaunchKernelEx(&config, kernel, view);
 }

@@ -33,6 +33,36 @@ constexpr int GROUP = WINNOW_GROUP_BLOCKS;
 constexpr int ATTEND_THREADS = 32 * GROUP; /* a warp a block */
 constexpr float LOG2_E = 1.4426950408889634f;
 
+/* Loads that a condition guards without a branch, so that many are under way before the first is
+ * used; 0 where the condition is false. Past L1: other thread blocks may have written there. */
+__device__ inline uint4 load_if(bool is_wanted, const uint4 *at)
+{
+    uint4 x = {0, 0, 0, 0};
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0;"
+                 "@p ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];}"
+                 : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
+                 : "l"(at), "r"((uint32_t)is_wanted));
+    return x;
+}
+
+__device__ inline uint2 load_if(bool is_wanted, const uint2 *at)
+{
+    uint2 x = {0, 0};
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.cg.v2.u32 {%0,%1}, [%2];}"
+                 : "+r"(x.x), "+r"(x.y)
+                 : "l"(at), "r"((uint32_t)is_wanted));
+    return x;
+}
+
+/* A word that this launch's earlier kernels wrote, or (IS_SHARED) other thread blocks of this one. */
+template <bool IS_SHARED, class T> __device__ inline T load(const T *at)
+{
+    if constexpr (IS_SHARED)
+        return __ldcg(at);
+    else
+        return *at;
+}
+
 __device__ inline uint32_t lane_id()
 {
     return threadIdx.x % 32;

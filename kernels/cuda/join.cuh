@@ -16,6 +16,7 @@
 #include <kernels/cuda/block.cuh>
 
 constexpr int JOIN_TILE = 128; /* partials weighed at once */
+constexpr int JOIN_BATCH = 16; /* partials whose loads are under way at once */
 constexpr int EDOM_STATUS = 33;
 
 template <class F> struct join_memory {
@@ -60,21 +61,22 @@ __device__ inline void join_sums(const winnow_gpu_view &view, const join_range &
     uint32_t end = g < view.n_group ? range.n : 0;
     float largest = -INFINITY, read = 0, rest = 0;
     float2 kept[KEPT];
-    auto load = [&](uint32_t i) {
-        return __ldcg((const float2 *)(range.partial + ((uint64_t)i * view.n_group + g) * stride));
+    auto at = [&](uint32_t i) {
+        return (const float2 *)(range.partial + ((uint64_t)i * view.n_group + g) * stride);
     };
 
 #pragma unroll
     for (int k = 0; k < KEPT; k++) {
-        kept[k] = make_float2(-INFINITY, 0);
-        if (first + k * STEP < end)
-            kept[k] = load(first + k * STEP);
+        uint32_t i = first + k * STEP;
+        uint2 x = load_if(i < end, (const uint2 *)at(i));
+        kept[k] = i < end ? make_float2(__uint_as_float(x.x), __uint_as_float(x.y))
+                          : make_float2(-INFINITY, 0);
     }
 #pragma unroll
     for (int k = 0; k < KEPT; k++)
         largest = fmaxf(largest, kept[k].x);
     for (uint32_t i = first + KEPT * STEP; i < end; i += STEP)
-        largest = fmaxf(largest, load(i).x);
+        largest = fmaxf(largest, __ldcg(at(i)).x);
     largest =
         heads_reduce<F>(largest, memory->of_warp[0], [](float a, float b) { return fmaxf(a, b); });
 #pragma unroll
@@ -85,7 +87,7 @@ __device__ inline void join_sums(const winnow_gpu_view &view, const join_range &
         (i < range.n_read ? read : rest) += w * kept[k].y;
     }
     for (uint32_t i = first + KEPT * STEP; i < end; i += STEP) {
-        float2 x = load(i);
+        float2 x = __ldcg(at(i));
         float w = x.x == -INFINITY ? 0 : exp_or_0(x.x - largest);
         (i < range.n_read ? read : rest) += w * x.y;
     }
@@ -176,12 +178,20 @@ __device__ inline bool join_write(const winnow_gpu_view &view, const winnow_gpu_
                 break;
             uint32_t g = p / half, d = 2 * (p % half);
             const float *at = range.partial + (uint64_t)first * row + g * stride + 2 + d;
-#pragma unroll 16
-            for (uint32_t i = slice; i < n; i += n_slices) {
-                float2 x = __ldcg((const float2 *)(at + (uint64_t)i * row));
-                float w = memory->weight[i][g];
-                o[k].x += w * x.x;
-                o[k].y += w * x.y;
+            for (uint32_t i = slice; i < n; i += JOIN_BATCH * n_slices) {
+                uint2 x[JOIN_BATCH];
+#pragma unroll
+                for (int j = 0; j < JOIN_BATCH; j++) {
+                    uint32_t row_idx = i + j * n_slices;
+                    x[j] = load_if(row_idx < n, (const uint2 *)(at + (uint64_t)row_idx * row));
+                }
+#pragma unroll
+                for (int j = 0; j < JOIN_BATCH; j++) {
+                    uint32_t row_idx = i + j * n_slices;
+                    float w = row_idx < n ? memory->weight[row_idx][g] : 0;
+                    o[k].x += w * __uint_as_float(x[j].x);
+                    o[k].y += w * __uint_as_float(x[j].y);
+                }
             }
         }
     }
@@ -309,22 +319,25 @@ __device__ inline bool count_done(uint32_t *counter, uint32_t n, uint32_t *is_la
 {
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence();
-        *is_last = atomicAdd(counter, 1) + 1 == n;
-        __threadfence();
+        uint32_t before;
+        asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;"
+                     : "=r"(before)
+                     : "l"(counter)
+                     : "memory");
+        *is_last = before + 1 == n;
     }
     __syncthreads();
     return *is_last;
 }
 
-template <class F>
+template <class F, bool IS_FIRST>
 __device__ __noinline__ void unit_join(const winnow_gpu_view &view, uint32_t unit_idx,
-                                       bool is_first_round, join_memory<F> *memory)
+                                       join_memory<F> *memory)
 {
     winnow_gpu_unit *unit = view.unit + unit_idx;
     const winnow_gpu_item &item = view.launch->item[unit->item];
     uint32_t n_tail = unit->n_tail_groups, n_groups = __ldcg(&unit->n_groups),
-             n_more = is_first_round ? 0 : __ldcg(&unit->n_groups_more), g = threadIdx.x;
+             n_more = IS_FIRST ? 0 : __ldcg(&unit->n_groups_more), g = threadIdx.x;
     uint32_t n_selected = __ldcg(&unit->n_selected);
     uint32_t n_max = item.n_blocks_max ? min(item.n_blocks_max, unit->n_blocks) : unit->n_blocks;
     join_range range;
@@ -338,8 +351,8 @@ __device__ __noinline__ void unit_join(const winnow_gpu_view &view, uint32_t uni
     join_sums<F>(view, range, memory);
     if (g < view.n_group) {
         float mass = join_verify(unit, g, item.mass, memory->largest[g], memory->read[g],
-                                 memory->rest[g], is_first_round);
-        if (is_first_round && mass < item.mass && n_selected < n_max)
+                                 memory->rest[g], IS_FIRST);
+        if (IS_FIRST && mass < item.mass && n_selected < n_max)
             memory->is_short = 1;
     }
     __syncthreads();

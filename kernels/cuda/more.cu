@@ -54,13 +54,14 @@ __global__ void __launch_bounds__(ATTEND_THREADS, F::BLOCKS_PER_SM)
     more_kernel(const __grid_constant__ winnow_gpu_view view)
 {
     extern __shared__ __align__(16) uint8_t dynamic[];
+    earlier_kernels_wait();
     uint32_t n_short = view.queue[0].n_short;
 
     if (n_short == 0)
         return;
     units_list(view, dynamic);
     lists_wait(&view.queue[1], n_short);
-    work_run<F>(view, &view.queue[1], false, (work_memory<F> *)dynamic);
+    work_run<F, false>(view, &view.queue[1], (work_memory<F> *)dynamic);
 }
 
 template <class F> uint32_t memory_bytes(const winnow_gpu_view *view)
@@ -77,8 +78,7 @@ cudaError_t winnow_gpu_stage_more(const struct winnow_gpu_view *view,
     return form_call(*view, [&](auto of) {
         using F = decltype(of);
         uint32_t n_blocks = grid->n_multiprocessors * F::BLOCKS_PER_SM;
-        more_kernel<F><<<n_blocks, ATTEND_THREADS, memory_bytes<F>(view), stream>>>(*view);
-        return cudaGetLastError();
+        return launch_behind(more_kernel<F>, n_blocks, memory_bytes<F>(view), stream, *view);
     });
 }
 

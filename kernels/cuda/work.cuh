@@ -31,12 +31,14 @@ __device__ inline work_item work_load(const winnow_gpu_work *work)
 }
 
 /* Of the warp's block of a group: its place in the list; -1: the group has no such block. */
+template <bool IS_FIRST>
 __device__ inline int64_t work_listed(const winnow_gpu_unit *unit, uint32_t group)
 {
-    uint32_t n_groups = __ldcg(&unit->n_groups), n_selected = __ldcg(&unit->n_selected);
+    uint32_t n_groups = load<!IS_FIRST>(&unit->n_groups),
+             n_selected = load<!IS_FIRST>(&unit->n_selected);
     uint32_t first = 0, n = n_selected;
 
-    if (group >= n_groups) {
+    if (!IS_FIRST && group >= n_groups) {
         group -= n_groups;
         first = n_selected;
         n = __ldcg(&unit->n_more);
@@ -90,12 +92,12 @@ __device__ inline void block_verify(const winnow_gpu_view &view, winnow_gpu_unit
     }
 }
 
-template <class F>
+template <class F, bool IS_FIRST>
 __device__ inline void group_attend(const winnow_gpu_view &view, uint32_t unit_idx, uint32_t group,
-                                    bool must_wait, bool is_first_round, group_memory<F> *memory)
+                                    bool must_wait, group_memory<F> *memory)
 {
     winnow_gpu_unit *unit = view.unit + unit_idx;
-    int64_t at = work_listed(unit, group);
+    int64_t at = work_listed<IS_FIRST>(unit, group);
     winnow_gpu_listed listed = {0, WINNOW_GPU_ON_DISK};
     block_registers<F> x;
     float ln_m[F::PER_LANE];
@@ -119,34 +121,34 @@ __device__ inline void group_attend(const winnow_gpu_view &view, uint32_t unit_i
     block_load<F>(view, block, x);
     block_attend<F>(view, unit, unit_queries<F>(view, unit_idx), WINNOW_BLOCK_TOKENS, x, memory,
                     ln_m);
-    if (is_first_round)
+    if (IS_FIRST)
         block_verify<F>(view, unit, listed.block, ln_m);
 }
 
 /* One piece of work, by the whole thread block, and the unit's end if it was the last. */
-template <class F>
+template <class F, bool IS_FIRST>
 __device__ inline void work_do(const winnow_gpu_view &view, work_item work, bool must_wait,
-                               bool is_first_round, work_memory<F> *memory, uint32_t *is_last)
+                               work_memory<F> *memory, uint32_t *is_last)
 {
     winnow_gpu_unit *unit = view.unit + work.unit;
-    uint32_t n_groups = __ldcg(&unit->n_groups),
-             n_more = is_first_round ? 0 : __ldcg(&unit->n_groups_more);
+    uint32_t n_groups = load<!IS_FIRST>(&unit->n_groups),
+             n_more = IS_FIRST ? 0 : __ldcg(&unit->n_groups_more);
     uint32_t partial = unit->partial_first + unit->n_tail_groups;
+    uint32_t n = (IS_FIRST ? n_groups : n_more) + unit->n_chunks;
 
     if (work.idx & WINNOW_GPU_WORK_CHUNK) {
         uint32_t chunk = work.idx & ~WINNOW_GPU_WORK_CHUNK;
         chunk_attend<F>(view, unit, chunk, &memory->group);
         partial += n_groups + n_more + chunk;
     } else {
-        group_attend<F>(view, work.unit, work.idx, must_wait, is_first_round, &memory->group);
+        group_attend<F, IS_FIRST>(view, work.unit, work.idx, must_wait, &memory->group);
         partial += work.idx;
     }
     __syncthreads();
     group_join<F>(view, &memory->group,
                   view.partial + (uint64_t)partial * view.n_group * (view.v_width + 2));
-    uint32_t n = (is_first_round ? n_groups : n_more) + unit->n_chunks;
     if (count_done(&unit->n_done, n, is_last)) {
-        unit_join<F>(view, work.unit, is_first_round, &memory->join);
+        unit_join<F, IS_FIRST>(view, work.unit, &memory->join);
         __syncthreads();
     }
 }
@@ -182,9 +184,9 @@ __device__ inline void work_fetch(const winnow_gpu_view &view, uint32_t n, uint3
 }
 
 /* All work of a round: what queue says is complete. */
-template <class F>
+template <class F, bool IS_FIRST>
 __device__ inline void work_run(const winnow_gpu_view &view, winnow_gpu_queue *queue,
-                                bool is_first_round, work_memory<F> *memory)
+                                work_memory<F> *memory)
 {
     __shared__ uint32_t taken, is_last;
     uint32_t n_fetch = __ldcg(&queue->n_fetch), n_ready = __ldcg(&queue->n_ready),
@@ -203,9 +205,15 @@ __device__ inline void work_run(const winnow_gpu_view &view, winnow_gpu_queue *q
         work_fetch<F>(view, n_fetch, rank * GROUP + threadIdx.x / 32, n_fetchers * GROUP);
         rank = n_ready + n_fetchers; /* ready work is the others' */
     }
-    for (uint32_t i = rank - n_fetchers;; i += gridDim.x - n_fetchers) {
-        const winnow_gpu_work *work = view.ready + i;
+    uint32_t i = rank - n_fetchers, step = gridDim.x - n_fetchers;
+    work_item next = {};
+    if (i < n_ready)
+        next = work_load(view.ready + i);
+    for (;; i += step) {
+        work_item work = next;
         bool is_ready = i < n_ready;
+        if (is_ready && i + step < n_ready)
+            next = work_load(view.ready + i + step);
         if (!is_ready) {
             if (n_waiting == 0)
                 return;
@@ -215,9 +223,9 @@ __device__ inline void work_run(const winnow_gpu_view &view, winnow_gpu_queue *q
             __syncthreads();
             if (taken >= n_waiting)
                 return;
-            work = view.waiting + taken;
+            work = work_load(view.waiting + taken);
             i = n_ready;
         }
-        work_do<F>(view, work_load(work), !is_ready, is_first_round, memory, &is_last);
+        work_do<F, IS_FIRST>(view, work, !is_ready, memory, &is_last);
     }
 }

@@ -4,6 +4,7 @@
 #include <signal.h>
 #include <system/daemon.h>
 #include <system/engine.h>
+#include <system/raw.h>
 #include <test.h>
 
 enum { N_WARM = 3, N_SESSIONS = 100, N_TOKENS = 700, SETTLE_MS = 5000 };
@@ -25,10 +26,11 @@ static void live_once(const char *socket, uint64_t seed)
     ENGINE_OK(engine_truncate(&engine, 100));
     winnow_session_close(fork);
     if (seed % 2) { /* the end of its lease closes it */
-        winnow_session_options options = WINNOW_SESSION_OPTIONS;
-        winnow_session *left;
-        options.model = model;
-        ENGINE_OK(winnow_session_open(engine.client, &options, &left, 0));
+        struct raw raw;
+        Winnow__V1__ModelShape shape = raw_shape();
+        raw_open(&raw, socket);
+        CHECK_EQ(raw_open_session(&raw, &shape, NULL, "left").error, 0);
+        raw_close(&raw);
     }
     engine_close(&engine);
 }

@@ -5,8 +5,8 @@
  * A thread block attends a group of eight blocks: a warp loads a block's 8 KiB (d 128) at once, so
  * two thread blocks keep 128 KiB in flight on an SM, which is several times what latency times
  * bandwidth asks for, and while one joins the other loads.
- * Rejected: one thread block an SM with 216 registers, and loading the next group's blocks before
- * the join (215 us at 128K x 8, all hits, against 171: 540 bytes of spills).
+ * Rejected: loading the next group's blocks before the join of this one (128K x 8, all hits: 215 us
+ * for 171, with 540 bytes of spills; 287 with one thread block an SM and 216 registers).
  */
 #include <kernels/cuda/forms.cuh>
 #include <kernels/cuda/stage.h>

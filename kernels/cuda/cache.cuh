@@ -141,34 +141,26 @@ static __device__ inline uint8_t *winnow_gpu_unit_index(const winnow_gpu_view &v
     return view.index + segment_slot * view.segment_bytes + (uint64_t)unit_idx * view.unit_bytes;
 }
 
-static __device__ inline uint32_t
-winnow_gpu_segment_slot(const winnow_gpu_view &view, const winnow_gpu_place &unit, uint32_t block)
-{
-    uint32_t table = unit.session * view.n_session_segments_max;
-    return view.session_segments[table + block / view.span_blocks];
-}
-
 /* Brings near what winnow_gpu_resolve will read first. */
 static __device__ void winnow_gpu_resolve_prefetch(const winnow_gpu_view &view,
-                                                   const winnow_gpu_place &unit, uint32_t block)
+                                                   const winnow_gpu_place &unit,
+                                                   uint32_t segment_slot, uint32_t block)
 {
-    const uint8_t *index =
-        winnow_gpu_unit_index(view, unit, winnow_gpu_segment_slot(view, unit, block));
+    const uint8_t *index = winnow_gpu_unit_index(view, unit, segment_slot);
     uint32_t at = block % view.span_blocks * 4;
     asm volatile("prefetch.global.L2 [%0];" ::"l"(index + view.loc_at + at));
     asm volatile("prefetch.global.L2 [%0];" ::"l"(index + view.home_at + at));
 }
 
 /*
- * Where block `block` of a unit's list is. Any thread, for any blocks at once; blocks of one warp
- * differ. What has to be fetched is the caller's to order: until then its slot says FETCHING.
+ * Where block `block` of a unit's list, in segment_slot, is. Any thread, for any blocks at once;
+ * blocks of one warp differ. What has to be fetched is the caller's to order: until then its slot says FETCHING.
  */
 static __device__ winnow_gpu_resolved winnow_gpu_resolve(const winnow_gpu_view &view,
                                                          const winnow_gpu_place &unit,
-                                                         uint32_t block)
+                                                         uint32_t segment_slot, uint32_t block)
 {
     using namespace winnow_gpu_cache;
-    uint32_t segment_slot = winnow_gpu_segment_slot(view, unit, block);
     uint32_t unit_idx = unit.layer * view.n_kv_heads + unit.head, i = block % view.span_blocks;
     uint8_t *index = winnow_gpu_unit_index(view, unit, segment_slot);
     uint32_t block_id =

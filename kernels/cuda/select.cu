@@ -22,7 +22,8 @@ using namespace winnow_gpu_select;
 namespace
 {
 
-constexpr uint32_t N_THREADS = 512, N_RANKS_MAX = 4, RANK_BLOCKS_MIN = 2048;
+constexpr uint32_t N_THREADS = 1024, N_THREADS_SHORT = 256, RANK_BLOCKS_MIN = 2048;
+constexpr uint32_t SHORT_BLOCKS_MAX = 512; /* of a unit: thread blocks share an SM */
 
 /* What a thread block works on. */
 struct part {
@@ -33,23 +34,37 @@ struct part {
     float ln_z;        /* of the head that is the thread's number */
 };
 
-/* ln_e of a block; heads that are not there are -inf. */
-template <int G>
-__device__ void estimates_load(const winnow_gpu_view &view, const part &part, uint32_t b,
-                               float (&ln_e)[G])
-{
-    const float *at = view.ln_e + (size_t)(part.block_first + b) * part.n_group;
+/* Rows of blocks that are loaded at once: four loads wait no longer than one. */
+template <int G> constexpr int ROWS = G <= 4 ? 4 : 16 / G;
 
-    if constexpr (G % 4 == 0)
-        if (part.n_group == G) {
+/* ln_e of rows i .. of this lane; blocks and heads that are not there are -inf. */
+template <int G>
+__device__ void estimates_load(const winnow_gpu_view &view, const part &part, const rows &rows,
+                               uint32_t i, float (&ln_e)[ROWS<G>][G])
+{
+    float4 none = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+
 #pragma unroll
-            for (int i = 0; i < G / 4; i++)
-                *(float4 *)&ln_e[4 * i] = ((const float4 *)at)[i];
-            return;
-        }
+    for (int r = 0; r < ROWS<G>; r++) {
+        uint32_t b = rows.block + 32 * (i + r);
+        bool is_there = i + r < rows.n && b < rows.end;
+        const float *at = view.ln_e + (size_t)(part.block_first + b) * part.n_group;
+        if constexpr (G % 4 == 0)
+            if (part.n_group == G) {
 #pragma unroll
-    for (int g = 0; g < G; g++)
-        ln_e[g] = g < (int)part.n_group ? at[g] : -INFINITY;
+                for (int k = 0; k < G / 4; k++) {
+                    float4 x = is_there ? ((const float4 *)at)[k] : none;
+                    ln_e[r][4 * k] = x.x;
+                    ln_e[r][4 * k + 1] = x.y;
+                    ln_e[r][4 * k + 2] = x.z;
+                    ln_e[r][4 * k + 3] = x.w;
+                }
+                continue;
+            }
+#pragma unroll
+        for (int g = 0; g < G; g++)
+            ln_e[r][g] = is_there && g < (int)part.n_group ? at[g] : -INFINITY;
+    }
 }
 
 /* What follows from the totals: one lane a head, by warp 0. */
@@ -84,18 +99,18 @@ template <int G>
 __device__ void totals_find(const winnow_gpu_view &view, team team, const part &part,
                             memory *memory)
 {
-    uint32_t end = part.first + part.n;
+    rows rows = rows_of(part.first, part.n);
     uint64_t total[G] = {};
 
-    each_block(part.first, part.n, [&](uint32_t b) {
-        alignas(16) float ln_e[G];
-        if (b >= end)
-            return;
-        estimates_load<G>(view, part, b, ln_e);
+    for (uint32_t i = 0; i < rows.n; i += ROWS<G>) {
+        float ln_e[ROWS<G>][G];
+        estimates_load<G>(view, part, rows, i, ln_e);
 #pragma unroll
-        for (int g = 0; g < G; g++)
-            total[g] += fixed(exp_above(ln_e[g], memory->m[g]));
-    });
+        for (int r = 0; r < ROWS<G>; r++)
+#pragma unroll
+            for (int g = 0; g < G; g++)
+                total[g] += fixed(exp_above(ln_e[r][g], memory->m[g]));
+    }
     uint64_t mine = 0; /* lane g adds head g's */
 #pragma unroll
     for (int g = 0; g < G; g++) {
@@ -116,13 +131,11 @@ __device__ void totals_find(const winnow_gpu_view &view, team team, const part &
 /* Of one block: its key, written and kept, and its part of the bins. */
 template <int G>
 __device__ float block_key(const winnow_gpu_view &view, const part &part, uint32_t b,
-                           memory *memory)
+                           const float (&ln_e)[G], memory *memory)
 {
-    alignas(16) float ln_e[G];
     float share[G], sum = 0;
     bool is_known = true;
 
-    estimates_load<G>(view, part, b, ln_e);
 #pragma unroll
     for (int g = 0; g < G; g++) {
         share[g] = __fmul_rn(exp_above(ln_e[g], memory->m[g]), memory->to_share[g]);
@@ -150,15 +163,22 @@ template <int G>
 __device__ uint32_t keys_find(const winnow_gpu_view &view, team team, const part &part,
                               memory *memory)
 {
-    uint32_t end = part.first + part.n, n_unknown = 0;
+    rows rows = rows_of(part.first, part.n);
+    uint32_t n_unknown = 0;
     float largest = -INFINITY;
 
-    each_block(part.first, part.n, [&](uint32_t b) {
-        if (b >= end)
-            return;
-        float key = block_key<G>(view, part, b, memory);
-        largest = key < INFINITY ? fmaxf(largest, key) : largest;
-    });
+    for (uint32_t i = 0; i < rows.n; i += ROWS<G>) {
+        float ln_e[ROWS<G>][G];
+        estimates_load<G>(view, part, rows, i, ln_e);
+#pragma unroll
+        for (int r = 0; r < ROWS<G>; r++) {
+            uint32_t b = rows.block + 32 * (i + r);
+            if (i + r >= rows.n || b >= rows.end)
+                continue;
+            float key = block_key<G>(view, part, b, ln_e[r], memory);
+            largest = key < INFINITY ? fmaxf(largest, key) : largest;
+        }
+    }
     uint32_t rank = __reduce_max_sync(~0u, float_rank(largest));
     if (threadIdx.x % 32 == 0)
         atomicMax(team_at(team, &memory->key_largest, 0), rank);
@@ -213,8 +233,8 @@ __device__ void part_begin(team team, part *part, memory *memory)
     __syncthreads();
 }
 
-template <int G>
-__global__ void __launch_bounds__(N_THREADS, 2)
+template <int G, int N>
+__global__ void __launch_bounds__(N, 1024 / N)
     select_kernel(const __grid_constant__ winnow_gpu_view view, uint32_t n_ranks)
 {
     extern __shared__ __align__(16) uint8_t dynamic[];
@@ -229,6 +249,7 @@ __global__ void __launch_bounds__(N_THREADS, 2)
     uint32_t n = part.unit->n_blocks, n_max = item.n_blocks_max;
     float mass = item.mass;
     list list = {{item.session, item.layer, unit_idx % view.n_kv_heads, view.launch->stamp},
+                 false,
                  unit_idx,
                  part.unit->block_first,
                  1,
@@ -242,12 +263,13 @@ __global__ void __launch_bounds__(N_THREADS, 2)
     part.goal = (uint32_t)ceilf(mass * SHARE_ONE);
     n_max = n_max == 0 || n_max > n ? n : n_max;
     __syncthreads();
+    list.has_segments = segments_load(view, item.session, item.n_segments, memory);
     if (threadIdx.x == 32)
         memory->ln_cut = logf(0.9f * (1 - mass) / (float)n);
     part_begin(team, &part, memory);
     totals_find<G>(view, team, part, memory);
     uint32_t n_unknown = keys_find<G>(view, team, part, memory);
-    selection_find<G>(team, part.n_group, n_unknown, n_max, memory);
+    selection_find<G, N_BINS / N>(team, part.n_group, n_unknown, n_max, memory);
     list_write(view, team, list, part.first, part.n, memory, [&](uint32_t b) {
         return b - part.first < N_KEPT ? memory->key_kept[b - part.first]
                                        : view.key[part.block_first + b];
@@ -255,7 +277,7 @@ __global__ void __launch_bounds__(N_THREADS, 2)
     if (team.rank == 0 && threadIdx.x < 32)
         unit_write(part, n_unknown, memory);
     list_resolve(view, team, list, memory->n_selected, memory);
-    if (team.rank == 0 && threadIdx.x >= N_THREADS - 32)
+    if (team.rank == 0 && threadIdx.x >= N - 32)
         chunks_push(view, unit_idx, 1);
     if (threadIdx.x == 0)
         counts_write(view, part.unit, list.unit.layer, memory);
@@ -263,13 +285,13 @@ __global__ void __launch_bounds__(N_THREADS, 2)
 
 typedef void select_function(winnow_gpu_view, uint32_t);
 
-select_function *function_find(const winnow_gpu_view *view)
+template <int N> select_function *function_find(uint32_t n_group)
 {
-    return view->n_group == 1   ? select_kernel<1>
-           : view->n_group == 2 ? select_kernel<2>
-           : view->n_group <= 4 ? select_kernel<4>
-           : view->n_group <= 8 ? select_kernel<8>
-                                : select_kernel<16>;
+    return n_group == 1   ? select_kernel<1, N>
+           : n_group == 2 ? select_kernel<2, N>
+           : n_group <= 4 ? select_kernel<4, N>
+           : n_group <= 8 ? select_kernel<8, N>
+                          : select_kernel<16, N>;
 }
 
 uint32_t memory_bytes(const winnow_gpu_view *view)
@@ -298,8 +320,14 @@ cudaError_t ranks_find(const winnow_gpu_grid *grid, uint32_t *n_ranks)
 
 cudaError_t winnow_gpu_select_prepare(const struct winnow_gpu_view *view)
 {
-    return cudaFuncSetAttribute(function_find(view), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                (int)memory_bytes(view));
+    select_function *functions[] = {function_find<N_THREADS>(view->n_group),
+                                    function_find<N_THREADS_SHORT>(view->n_group)};
+    cudaError_t rc = cudaSuccess;
+
+    for (int i = 0; i < 2 && rc == cudaSuccess; i++)
+        rc = cudaFuncSetAttribute(functions[i], cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  (int)memory_bytes(view));
+    return rc;
 }
 
 cudaError_t winnow_gpu_stage_select(const struct winnow_gpu_view *view,
@@ -307,6 +335,7 @@ cudaError_t winnow_gpu_stage_select(const struct winnow_gpu_view *view,
 {
     uint32_t n_ranks;
     cudaError_t rc = ranks_find(grid, &n_ranks);
+    bool is_short = grid->n_blocks_max / grid->n_units_max <= SHORT_BLOCKS_MAX;
     cudaLaunchAttribute attribute[2] = {};
     cudaLaunchConfig_t config = {};
 
@@ -318,10 +347,13 @@ cudaError_t winnow_gpu_stage_select(const struct winnow_gpu_view *view,
     attribute[1].val.clusterDim.x = n_ranks;
     attribute[1].val.clusterDim.y = attribute[1].val.clusterDim.z = 1;
     config.gridDim = dim3(grid->n_units_max * n_ranks);
-    config.blockDim = dim3(N_THREADS);
+    config.blockDim = dim3(is_short ? N_THREADS_SHORT : N_THREADS);
     config.dynamicSmemBytes = memory_bytes(view);
     config.stream = stream;
     config.attrs = attribute;
     config.numAttrs = n_ranks > 1 ? 2 : 1;
-    return cudaLaunchKernelEx(&config, function_find(view), *view, n_ranks);
+    return cudaLaunchKernelEx(&config,
+                              is_short ? function_find<N_THREADS_SHORT>(view->n_group)
+                                       : function_find<N_THREADS>(view->n_group),
+                              *view, n_ranks);
 }

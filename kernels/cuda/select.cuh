@@ -18,6 +18,8 @@ namespace winnow_gpu_select
 
 constexpr uint32_t N_BINS = WINNOW_GPU_BINS, CLASS_NEVER = N_BINS + 1;
 constexpr uint32_t N_KEPT = 8192; /* blocks of a thread block whose key is kept in shared memory */
+constexpr uint32_t N_SEGMENTS = 1024; /* of a unit whose slots are kept */
+constexpr uint32_t N_RANKS_MAX = 4;
 constexpr float BINS_NAT = 64, FIXED_ONE = 0x1p40f;
 constexpr float SHARE_ONE = 0x1p31f; /* T: shares in bins are words, added by one atomic */
 
@@ -47,6 +49,7 @@ struct memory {                        /* shared; the shares in bins follow: [G]
     uint32_t n_push[3], push_first[3];              /* fetches, ready, waiting */
     uint32_t n_found[N_FOUND];
     uint32_t count[N_BINS];
+    uint32_t segment[N_SEGMENTS];
     float key_kept[N_KEPT];
 };
 
@@ -140,9 +143,10 @@ template <class T> static __device__ T warp_scan(T x) /* inclusive */
 static __device__ uint32_t bin_sum(team team, uint32_t *bins, uint32_t i)
 {
     uint32_t sum = bins[i];
-#pragma unroll 4
-    for (uint32_t r = 1; r < team.n_ranks; r++)
-        sum += team_at(team, bins, (team.rank + r) % team.n_ranks)[i];
+#pragma unroll
+    for (uint32_t r = 1; r < N_RANKS_MAX; r++)
+        if (r < team.n_ranks)
+            sum += team_at(team, bins, team.rank ^ r)[i]; /* n_ranks: a power of 2 */
     return sum;
 }
 
@@ -171,6 +175,9 @@ static __device__ uint32_t bin_reaching(team team, uint32_t *bins, const bin_run
 
     if (below >= goal || below + run.sum < goal)
         return N_BINS;
+    *ret_below = below;
+    if (run.n == 1)
+        return bin;
     for (uint32_t sum; (sum = bin_sum(team, bins, bin)), below + sum < goal; bin++)
         below += sum;
     *ret_below = below;
@@ -207,8 +214,8 @@ static __device__ void selection_end(team team, uint32_t n_unknown, uint32_t n_m
     uint32_t bin_last = (uint32_t)memory->bin_last, below, bin;
 
     if (bin_last - run.first < run.n) { /* -1 is in no run */
-        uint32_t n_known = run.below - n_unknown;
-        for (uint32_t i = run.first; i <= bin_last; i++)
+        uint32_t n_known = run.below - n_unknown + (run.n == 1 ? run.sum : 0);
+        for (uint32_t i = run.first; run.n > 1 && i <= bin_last; i++)
             n_known += bin_sum(team, memory->count, i);
         memory->n_known = n_known;
     }
@@ -238,47 +245,49 @@ static __device__ void selection_end(team team, uint32_t n_unknown, uint32_t n_m
     __syncthreads();
 }
 
-/* From the bins, n_unknown blocks before them, to the selection. All threads, a run of bins each;
- * ends with a barrier. */
-template <int G>
+/* From the bins, n_unknown blocks before them, to the selection. All threads, RUN bins each; ends
+ * with a barrier. */
+template <int G, int RUN>
 static __device__ void selection_find(team team, uint32_t n_group, uint32_t n_unknown,
                                       uint32_t n_max, memory *memory)
 {
-    bin_run run = {threadIdx.x * (N_BINS / blockDim.x), N_BINS / blockDim.x, 0, 0};
+    bin_run run = {threadIdx.x * RUN, RUN, 0, 0};
     uint32_t inclusive[G] = {}, count = 0, warp_idx = threadIdx.x / 32;
-    bool is_last = threadIdx.x % 32 == 31;
 
+    /* All loads before the first use: those from other thread blocks take long. */
 #pragma unroll
-    for (int g = 0; g < G; g++) {
-        if (g >= (int)n_group)
-            break;
-        for (uint32_t i = 0; i < run.n; i++)
-            inclusive[g] += bin_sum(team, bin_shares(memory, g), run.first + i);
-        inclusive[g] = warp_scan(inclusive[g]);
-        if (is_last)
-            memory->warp_sum[g][warp_idx] = inclusive[g];
-    }
-    for (uint32_t i = 0; i < run.n; i++)
+    for (int i = 0; i < RUN; i++) {
         count += bin_sum(team, memory->count, run.first + i);
+#pragma unroll
+        for (int g = 0; g < G; g++)
+            inclusive[g] +=
+                bin_sum(team, bin_shares(memory, min(g, (int)n_group - 1)), run.first + i);
+    }
+#pragma unroll
+    for (int g = 0; g < G; g++)
+        inclusive[g] = warp_scan(inclusive[g]);
     count = warp_scan(count);
-    if (is_last)
+    if (threadIdx.x % 32 == 31) {
+#pragma unroll
+        for (int g = 0; g < G; g++)
+            memory->warp_sum[g][warp_idx] = inclusive[g];
         memory->warp_sum[WINNOW_GQA_MAX][warp_idx] = count;
+    }
     __syncthreads();
     threshold_find<G>(team, n_group, inclusive, run, memory);
     bin_run_place(memory->warp_sum[WINNOW_GQA_MAX], n_unknown, count, &run);
     selection_end(team, n_unknown, n_max, run, memory);
 }
 
-/* Runs body(block) for the blocks [first, first + n) of a thread block, all lanes of a warp
- * together, a run of blocks a warp; block >= first + n: none for this lane. */
-template <class BODY> static __device__ void each_block(uint32_t first, uint32_t n, BODY body)
-{
-    uint32_t n_warps = blockDim.x / 32, rows = (n + 32 * n_warps - 1) / (32 * n_warps);
-    uint32_t block = first + threadIdx.x / 32 * rows * 32 + threadIdx.x % 32;
+/* The blocks [first, end) of a thread block as its warps see them: a run of rows of 32 each. */
+struct rows {
+    uint32_t block, n, end; /* this lane's block of row 0 */
+};
 
-#pragma unroll 4
-    for (uint32_t i = 0; i < rows; i++)
-        body(block + 32 * i);
+static __device__ rows rows_of(uint32_t first, uint32_t n)
+{
+    uint32_t n_rows = (n + blockDim.x - 1) / blockDim.x;
+    return {first + threadIdx.x / 32 * n_rows * 32 + threadIdx.x % 32, n_rows, first + n};
 }
 
 /* Exclusive sums over the warps of this thread block and its sums. All threads. */
@@ -307,9 +316,30 @@ static __device__ void warp_counts_scan(uint32_t n_sure, uint32_t n_maybe, memor
 /* What a round lists. */
 struct list {
     winnow_gpu_place unit;
+    bool has_segments; /* in memory */
     uint32_t unit_idx, block_first, round;
     uint32_t first, group_first; /* of the unit's listed, and of its groups */
 };
+
+/* Slots of the unit's segments into memory, if they fit. Needs a barrier after it. */
+static __device__ bool segments_load(const winnow_gpu_view &view, uint32_t session, uint32_t n,
+                                     memory *memory)
+{
+    const uint32_t *table = view.session_segments + session * view.n_session_segments_max;
+
+    if (n > N_SEGMENTS)
+        return false;
+    for (uint32_t i = threadIdx.x; i < n; i += blockDim.x)
+        memory->segment[i] = table[i];
+    return true;
+}
+
+static __device__ uint32_t segment_slot(const winnow_gpu_view &view, const list &list,
+                                        uint32_t block, const memory *memory)
+{
+    uint32_t i = block / view.span_blocks, table = list.unit.session * view.n_session_segments_max;
+    return list.has_segments ? memory->segment[i] : view.session_segments[table + i];
+}
 
 /* Lists the selected of the unit's blocks [first, first + n) in list order and marks them;
  * key_at(block) is asked twice. Also the smallest key of all, into rank 0. Ends with the team's
@@ -320,21 +350,23 @@ static __device__ void list_write(const winnow_gpu_view &view, team team, const 
 {
     winnow_gpu_listed *listed = view.listed + list.block_first + list.first;
     uint32_t class_end = memory->class_end, n_max = memory->n_of_class_end;
-    uint32_t end = first + n, n_sure = 0, n_maybe = 0;
-    uint32_t lanes_below = (1u << threadIdx.x % 32) - 1;
+    uint32_t n_sure = 0, n_maybe = 0, lanes_below = (1u << threadIdx.x % 32) - 1;
+    float origin = memory->origin, ln_cut = memory->ln_cut;
+    rows rows = rows_of(first, n);
     auto class_at = [&](uint32_t b, float *key) {
-        *key = b < end ? key_at(b) : -INFINITY;
-        return b < end ? class_of(*key, memory->origin, memory->ln_cut) : CLASS_NEVER;
+        *key = b < rows.end ? key_at(b) : -INFINITY;
+        return b < rows.end ? class_of(*key, origin, ln_cut) : CLASS_NEVER;
     };
 
-    each_block(first, n, [&](uint32_t b) {
+#pragma unroll 4
+    for (uint32_t i = 0; i < rows.n; i++) {
         float key;
-        uint32_t class_b = class_at(b, &key);
+        uint32_t b = rows.block + 32 * i, class_b = class_at(b, &key);
         n_sure += __popc(__ballot_sync(~0u, class_b < class_end));
         n_maybe += __popc(__ballot_sync(~0u, class_b == class_end));
         if (class_b < class_end || (class_b == class_end && n_max))
-            winnow_gpu_resolve_prefetch(view, list.unit, b);
-    });
+            winnow_gpu_resolve_prefetch(view, list.unit, segment_slot(view, list, b, memory), b);
+    }
     warp_counts_scan(n_sure, n_maybe, memory);
     team_sync(team);
     n_sure = memory->warp_sure[threadIdx.x / 32];
@@ -343,9 +375,10 @@ static __device__ void list_write(const winnow_gpu_view &view, team team, const 
         n_sure += *team_at(team, &memory->n_sure, r);
         n_maybe += *team_at(team, &memory->n_maybe, r);
     }
-    each_block(first, n, [&](uint32_t b) {
+#pragma unroll 4
+    for (uint32_t i = 0; i < rows.n; i++) {
         float key;
-        uint32_t class_b = class_at(b, &key);
+        uint32_t b = rows.block + 32 * i, class_b = class_at(b, &key);
         uint32_t sure = __ballot_sync(~0u, class_b < class_end);
         uint32_t maybe = __ballot_sync(~0u, class_b == class_end);
         uint32_t n_maybe_before = n_maybe + __popc(maybe & lanes_below);
@@ -355,11 +388,11 @@ static __device__ void list_write(const winnow_gpu_view &view, team team, const 
             if (class_b + 1 >= class_end) /* in the last class, or that before it */
                 atomicMin(team_at(team, &memory->key_smallest, 0), float_rank(key));
         }
-        if (b < end && (is_selected || list.round == 1))
+        if (b < rows.end && (is_selected || list.round == 1))
             view.selected[list.block_first + b] = is_selected ? list.round : 0;
         n_sure += __popc(sure);
         n_maybe += __popc(maybe);
-    });
+    }
     team_sync(team);
 }
 
@@ -404,7 +437,8 @@ static __device__ void list_resolve(const winnow_gpu_view &view, team team, cons
             memory->n_push[threadIdx.x] = 0;
         if (i < n) {
             block = __ldcg(&listed[i].block);
-            is = winnow_gpu_resolve(view, list.unit, block);
+            is =
+                winnow_gpu_resolve(view, list.unit, segment_slot(view, list, block, memory), block);
             listed[i].place = is.place;
         }
         if (i < n && is.place == WINNOW_GPU_ON_DISK) {
@@ -473,7 +507,7 @@ static __device__ void chunks_push(const winnow_gpu_view &view, uint32_t unit_id
 static __device__ void memory_clear(uint32_t n_group, memory *memory)
 {
     uint32_t *words = (uint32_t *)memory, *shares = bin_shares(memory, 0);
-    uint32_t n_words = offsetof(struct memory, key_kept) / 4;
+    uint32_t n_words = offsetof(struct memory, segment) / 4;
 
     for (uint32_t i = threadIdx.x; i < n_words; i += blockDim.x)
         words[i] = 0;
@@ -501,6 +535,8 @@ static __device__ void more_add(const winnow_gpu_view &view, const winnow_gpu_un
 
 } // namespace winnow_gpu_select
 
+enum { WINNOW_GPU_SELECT_MORE_THREADS = 256 };
+
 /* Dynamic shared memory that winnow_gpu_select_more takes, 16-byte aligned. */
 static inline __host__ __device__ uint32_t winnow_gpu_select_more_bytes(uint32_t n_group)
 {
@@ -508,7 +544,7 @@ static inline __host__ __device__ uint32_t winnow_gpu_select_more_bytes(uint32_t
 }
 
 /*
- * Called by all threads of a thread block (a power of 2 of them, 32 to 1,024), for one short unit. Goes on by bins of
+ * Called by all WINNOW_GPU_SELECT_MORE_THREADS threads of a thread block, for one short unit. Goes on by bins of
  * 1/64 nat below the first round until every query head has got need[g] by estimate, or the budget
  * ends it. Then: selected = 2; listed [n_selected, + n_more) in list order, each with its place;
  * n_more, n_groups_more, key_threshold, has_unknown, n_device, n_host, n_unfit, n_disk brought up
@@ -552,14 +588,17 @@ static __device__ void winnow_gpu_select_more(const winnow_gpu_view &view, uint3
     }
     if (threadIdx.x < 32)
         chunks_push(view, unit_idx, 2);
-    each_block(0, n, [&](uint32_t b) {
-        uint32_t class_b = class_of(b < n ? key_at(b) : NAN, origin, -INFINITY);
+    bool has_segments = segments_load(view, item.session, item.n_segments, memory);
+    for (uint32_t b = threadIdx.x; b < n; b += blockDim.x) {
+        uint32_t class_b = class_of(key_at(b), origin, -INFINITY);
         if (class_b != CLASS_NEVER)
             more_add(view, *unit, b, class_b - 1, memory);
-    });
+    }
     __syncthreads();
-    selection_find<WINNOW_GQA_MAX>({0, 1}, view.n_group, 0, n_max - n_first, memory);
+    selection_find<WINNOW_GQA_MAX, N_BINS / WINNOW_GPU_SELECT_MORE_THREADS>(
+        {0, 1}, view.n_group, 0, n_max - n_first, memory);
     list list = {{item.session, unit->layer, unit->head, view.launch->stamp},
+                 has_segments,
                  unit_idx,
                  block_first,
                  2,

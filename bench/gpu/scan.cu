@@ -5,6 +5,9 @@
  * heads, G 4, width 128), several layers' data in turn from a CUDA graph, L2 flushed before each
  * replay, median of 21. The read ceiling of the card comes from the same run. `check` or `time` as
  * the argument does one of the two; `traces DIR` holds real attention against ref.
+ *
+ *   nvcc -std=c++17 -O3 -arch=sm_90 -I. -o bench-gpu-scan bench/gpu/scan.cu kernels/cuda/scan.cu \
+ *     kernels/cuda/select.cu kernels/cuda/index_pack.c build/dev/lib/libwinnow_{trace,kernels,base}.a
  */
 extern "C" {
 #include <bench/trace.h>

@@ -258,6 +258,16 @@ static inline void sim_client_next(struct sim_client *client)
 
 // --- ends ---------------------------------------------------------------------------------------
 
+/* A span is in force in one layer and owed in another, for want of room: that is not forked. */
+static inline bool sim_layers_differ(const struct sim_client *client)
+{
+    const struct winnow_session *session = sim_session(client->swarm->world.core, client->id[0]);
+    bool differ = false;
+    for (uint32_t i = 1; session && i < session->context->shape.n_layers; i++)
+        differ |= session->context->layer[i].n_segments != session->context->layer[0].n_segments;
+    return differ;
+}
+
 static inline void sim_reason_check(const struct sim_call *call)
 {
     const struct sim_client *client = call->client;
@@ -286,6 +296,9 @@ static inline void sim_reason_check(const struct sim_call *call)
         break;
     case ERANGE:
         allowed = request->attend.n_blocks_max > 0;
+        break;
+    case EINVAL:
+        allowed = request->kind == WINNOW_REQUEST_FORK && sim_layers_differ(client);
         break;
     }
     if (!allowed || !request->text[0]) {

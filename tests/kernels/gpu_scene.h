@@ -1,408 +1,462 @@
 /*
- * A launch of the stages begin, tail, attend and more in device memory, with a selection placed by
- * hand: in slots, on the way, on the host without a slot, on disk.
+ * Contexts for tests of the GPU through its contract: tokens, blocks in a host arena, an index a
+ * segment, and what ref/ makes of a decode step over them. Everything a gpu gets comes from here,
+ * so that one scene can be put on several gpus that differ in their cache, and results compared.
  */
 #pragma once
 
-#include "gpu_units.h"
+#include <bench/trace.h>
+#include <errno.h>
+#include <kernels/gpu.h>
+#include <kernels/ref/ref.h>
+#include <test.h>
 
-static uint32_t block_id(uint32_t item, uint32_t head, uint32_t b)
-{
-    uint32_t segment_slot = item * N_SEGMENTS_MAX + b / SPAN;
-    return ((segment_slot * N_LAYERS + 1) * N_HEADS + head) * SPAN + b % SPAN;
-}
+#include "cases.h"
 
-/* Index, homes and the blocks' places in the host arena. */
-static void segments_place(uint32_t item, uint32_t head)
-{
-    struct unit *unit = &scene.unit[item * N_HEADS + head];
-    struct winnow_gpu_view *view = &scene.view;
-    uint8_t *packed = case_alloc(view->unit_bytes);
-    uint32_t homes[SPAN], pages = view->block_bytes / 4096;
+enum { SCENE_SESSIONS_MAX = 40, SCENE_QUERIES = 4 };
 
-    for (uint32_t b = 0; b < unit->n_blocks; b++)
-        block_fragments(&unit->segment[b / SPAN], b % SPAN, 16,
-                        scene.host + (size_t)block_id(item, head, b) * view->block_bytes);
-    for (uint32_t s = 0; s < unit->n_blocks / SPAN; s++) {
-        for (uint32_t b = 0; b < SPAN; b++)
-            homes[b] = block_id(item, head, s * SPAN + b) * pages;
-        winnow_gpu_index_pack(view, &unit->segment[s].view, homes, packed);
-        to_device(view->index + (item * N_SEGMENTS_MAX + s) * view->segment_bytes +
-                      (size_t)(N_HEADS + head) * view->unit_bytes,
-                  packed, view->unit_bytes);
-    }
-    winnow_alloc_free(packed);
-}
-
-/* Sinks and tail but the newest token, which `begin` puts there. */
-static void tail_place(uint32_t item, uint32_t head)
-{
-    const struct unit *unit = &scene.unit[item * N_HEADS + head];
-    struct winnow_gpu_view *view = &scene.view;
-    uint8_t *block = case_alloc(view->block_bytes);
-
-    for (uint32_t i = 0; i < unit->n_tail_blocks; i++) {
-        bool is_last = i + 1 == unit->n_tail_blocks;
-        uint32_t number = i < N_SINK_BLOCKS ? i : i + unit->n_blocks, place = number;
-        if (number >= N_SINK_BLOCKS)
-            place = N_SINK_BLOCKS + (number - N_SINK_BLOCKS) % RING;
-        memset(block, 0xff, view->block_bytes);
-        block_fragments(&unit->tail, i, unit->n_tail_tokens[i] - is_last, block);
-        to_device(view->tails + item * view->session_bytes +
-                      ((size_t)(N_HEADS + head) * (N_SINK_BLOCKS + RING) + place) *
-                          view->block_bytes,
-                  block, view->block_bytes);
-    }
-    winnow_alloc_free(block);
-}
-
-static void view_init(void)
-{
-    const struct winnow_model_shape *shape = &scene.of.shape;
-    struct winnow_gpu_view *view = &scene.view;
-    struct cudaDeviceProp prop;
-    size_t n_blocks = N_UNITS * N_BLOCKS_MAX, g = group();
-
-    CUDA(cudaGetDeviceProperties(&prop, 0));
-    *view = (struct winnow_gpu_view){.n_layers = N_LAYERS,
-                                     .n_q_heads = N_HEADS * group(),
-                                     .n_kv_heads = N_HEADS,
-                                     .n_group = group(),
-                                     .k_width = shape->k_width,
-                                     .v_width = shape->v_width,
-                                     .kv_dtype = shape->kv_dtype,
-                                     .io_dtype = scene.io_dtype,
-                                     .softmax_scale = 1.0f / sqrtf((float)shape->k_width),
-                                     .span_blocks = SPAN,
-                                     .n_sink_blocks = N_SINK_BLOCKS,
-                                     .ring_blocks = RING,
-                                     .block_bytes = winnow_block_bytes(shape),
-                                     .n_slots_layer = N_SLOTS,
-                                     .n_session_segments_max = N_SEGMENTS_MAX,
-                                     .n_fetchers = 4};
-    winnow_gpu_index_layout(view);
-    view->segment_bytes = (uint64_t)N_LAYERS * N_HEADS * view->unit_bytes;
-    view->session_bytes = (uint64_t)N_LAYERS * N_HEADS * (N_SINK_BLOCKS + RING) * view->block_bytes;
-    view->index = device_alloc(N_ITEMS * N_SEGMENTS_MAX * view->segment_bytes, 0);
-    view->slots = device_alloc((size_t)N_LAYERS * N_SLOTS * view->block_bytes, 0xff);
-    view->slot_word = device_alloc(N_LAYERS * N_SLOTS * sizeof(uint64_t), 0);
-    view->hand = device_alloc(N_LAYERS * sizeof(uint32_t), 0);
-    view->counters = device_alloc(N_LAYERS * sizeof *view->counters, 0);
-    view->tails = device_alloc(N_ITEMS * view->session_bytes, 0xff);
-    view->session_segments = device_alloc(N_ITEMS * N_SEGMENTS_MAX * sizeof(uint32_t), 0);
-    view->launch = device_alloc(sizeof *view->launch, 0);
-    view->q_fragment =
-        device_alloc(N_UNITS * winnow_gpu_q_fragment_words(view) * sizeof(uint32_t), 0xff);
-    view->unit = device_alloc(N_UNITS * sizeof *view->unit, 0xff);
-    view->queue = device_alloc(2 * sizeof *view->queue, 0xff);
-    view->ln_e = device_alloc(n_blocks * g * sizeof(float), 0xff);
-    view->key = device_alloc(n_blocks * sizeof(float), 0xff);
-    view->selected = device_alloc(n_blocks, 0xff);
-    view->listed = device_alloc(n_blocks * sizeof *view->listed, 0xff);
-    view->ln_m = device_alloc(n_blocks * g * sizeof(float), 0xff);
-    view->fetch = device_alloc(n_blocks * sizeof *view->fetch, 0xff);
-    view->ready = device_alloc(n_blocks * sizeof *view->ready, 0xff);
-    view->waiting = device_alloc(n_blocks * sizeof *view->waiting, 0xff);
-    view->partial = device_alloc(N_UNITS * PARTIALS * g * stride() * sizeof(float), 0xff);
-    size_t arena_bytes =
-        (size_t)N_ITEMS * N_SEGMENTS_MAX * N_LAYERS * N_HEADS * SPAN * view->block_bytes;
-    CUDA(cudaHostAlloc((void **)&scene.host, arena_bytes, cudaHostAllocMapped));
-    memset(scene.host, 0xff, arena_bytes);
-    CUDA(cudaHostGetDevicePointer((void **)&view->host, scene.host, 0));
-    scene.grid = (struct winnow_gpu_grid){.n_units_max = N_UNITS,
-                                          .n_multiprocessors = (uint32_t)prop.multiProcessorCount,
-                                          .n_blocks_max = n_blocks};
-    CUDA(winnow_gpu_stages_prepare(view));
-}
-
-static void view_finish(void)
-{
-    struct winnow_gpu_view *view = &scene.view;
-    void *memory[] = {view->index,
-                      view->slots,
-                      view->slot_word,
-                      view->hand,
-                      view->counters,
-                      view->tails,
-                      view->session_segments,
-                      view->launch,
-                      view->q_fragment,
-                      view->unit,
-                      view->queue,
-                      view->ln_e,
-                      view->key,
-                      view->selected,
-                      view->listed,
-                      view->ln_m,
-                      view->fetch,
-                      view->ready,
-                      view->waiting,
-                      view->partial};
-    for (size_t i = 0; i < sizeof memory / sizeof *memory; i++)
-        CUDA(cudaFree(memory[i]));
-    CUDA(cudaFreeHost(scene.host));
-}
-
-static size_t out_bytes(void)
-{
-    return (size_t)N_HEADS * group() * scene.of.shape.v_width * io_bytes();
-}
-
-/* q, k, v of an item to the device; its outputs. */
-static void item_init(uint32_t i)
-{
-    struct winnow_gpu_item *item = &scene.launch->item[i];
-    uint32_t k_width = scene.of.shape.k_width, v_width = scene.of.shape.v_width;
-    size_t q_n = (size_t)group() * k_width;
-    uint8_t *q = case_alloc(N_HEADS * q_n * 4), *k = case_alloc(N_HEADS * k_width * 4);
-    uint8_t *v = case_alloc(N_HEADS * v_width * 4);
-
-    for (uint32_t h = 0; h < N_HEADS; h++) {
-        const struct unit *unit = &scene.unit[i * N_HEADS + h];
-        size_t last = 16 * (unit->n_tail_blocks - 1) + (scene.n_tokens[i] - 1) % 16;
-        for (size_t d = 0; d < q_n; d++)
-            io_write(q, h * q_n + d, unit->q[d]);
-        for (size_t d = 0; d < k_width; d++)
-            io_write(k, h * k_width + d, unit->tail.k[last * k_width + d]);
-        for (size_t d = 0; d < v_width; d++)
-            io_write(v, h * v_width + d, unit->tail.v[last * v_width + d]);
-    }
-    scene.out[i] = device_alloc(out_bytes() + 2 * GUARD, 0xa5);
-    scene.lse[i] = device_alloc(N_HEADS * group() * sizeof(float), 0xff);
-    scene.certificate[i] = device_alloc(sizeof **scene.certificate, 0xff);
-    scene.disk_block[i] = device_alloc(N_BLOCKS_MAX * sizeof(uint32_t), 0xff);
-    *item = (struct winnow_gpu_item){.session = i,
-                                     .layer = 1,
-                                     .n_segments = scene.n_segments[i],
-                                     .n_tokens = scene.n_tokens[i],
-                                     .mass = scene.mass,
-                                     .n_blocks_max = scene.n_blocks_max,
-                                     .q = device_alloc(N_HEADS * q_n * 4, 0xff),
-                                     .k = device_alloc(N_HEADS * k_width * 4, 0xff),
-                                     .v = device_alloc(N_HEADS * v_width * 4, 0xff),
-                                     .out = scene.out[i] + GUARD,
-                                     .lse = scene.lse[i],
-                                     .certificate = scene.certificate[i],
-                                     .disk_block = scene.disk_block[i],
-                                     .n_disk_block_max = N_BLOCKS_MAX};
-    to_device((void *)(uintptr_t)item->q, q, N_HEADS * q_n * io_bytes());
-    to_device((void *)(uintptr_t)item->k, k, N_HEADS * k_width * io_bytes());
-    to_device((void *)(uintptr_t)item->v, v, N_HEADS * v_width * io_bytes());
-    winnow_alloc_free(q);
-    winnow_alloc_free(k);
-    winnow_alloc_free(v);
-}
-
-static void scene_init(const struct kernel_case *of, enum kernel_input input, uint32_t io_dtype,
-                       float mass, uint64_t seed)
-{
-    uint32_t segments[N_SEGMENTS_MAX * N_ITEMS], n_units = 0;
-
-    scene.of = *of;
-    scene.input = input;
-    scene.io_dtype = io_dtype;
-    scene.mass = mass;
-    view_init();
-    for (uint32_t i = 0; i < N_ITEMS; i++)
-        for (uint32_t h = 0; h < N_HEADS; h++, n_units++) {
-            unit_init(&scene.unit[n_units], i, seed + 1000 * n_units);
-            segments_place(i, h);
-            tail_place(i, h);
-        }
-    for (uint32_t i = 0; i < N_ITEMS * N_SEGMENTS_MAX; i++)
-        segments[i] = i;
-    to_device(scene.view.session_segments, segments, sizeof segments);
-    scene.launch = case_alloc(sizeof *scene.launch);
-    memset(scene.launch, 0, sizeof *scene.launch);
-    scene.launch->n_items = N_ITEMS;
-    scene.launch->n_units = N_UNITS;
-    scene.launch->stamp = STAMP;
-    for (uint32_t i = 0, at = 0; i < N_ITEMS; at += N_HEADS * SPAN * scene.n_segments[i++]) {
-        item_init(i);
-        scene.launch->block_first[i] = at;
-        scene.launch->partial_first[i] = i * N_HEADS * PARTIALS;
-        scene.launch->partials_of_head[i] = PARTIALS;
-    }
-    to_device(scene.view.launch, scene.launch, sizeof *scene.launch);
-}
-
-static void scene_finish(void)
-{
-    for (uint32_t i = 0; i < N_ITEMS; i++) {
-        struct winnow_gpu_item *item = &scene.launch->item[i];
-        void *memory[] = {(void *)(uintptr_t)item->q,
-                          (void *)(uintptr_t)item->k,
-                          (void *)(uintptr_t)item->v,
-                          scene.out[i],
-                          scene.lse[i],
-                          scene.certificate[i],
-                          scene.disk_block[i]};
-        for (size_t m = 0; m < sizeof memory / sizeof *memory; m++)
-            CUDA(cudaFree(memory[m]));
-    }
-    for (uint32_t u = 0; u < N_UNITS; u++)
-        unit_finish(&scene.unit[u]);
-    winnow_alloc_free(scene.launch);
-    view_finish();
-}
-
-/* How the selected blocks are found: in percent; the rest is in a slot. */
-struct places {
-    uint32_t missed, unfit, on_disk;
+struct scene_options {
+    struct winnow_model_shape shape; /* layout 2 */
+    uint32_t segment_tokens, n_sinks, n_sessions;
+    uint32_t n_segments[SCENE_SESSIONS_MAX], n_tail[SCENE_SESSIONS_MAX]; /* tail tokens */
+    enum kernel_input input;
+    uint64_t seed;
+    const struct winnow_trace *trace; /* [layers]: real keys, values, queries of one session; NULL:
+                                         random ones */
 };
 
-/* What select would have left, for all units of the launch. */
-struct planted {
-    struct winnow_gpu_queue queue[2];
-    struct winnow_gpu_fetch fetch[N_UNITS * N_BLOCKS_MAX];
-    struct winnow_gpu_work ready[N_UNITS * N_BLOCKS_MAX], waiting[N_UNITS * N_BLOCKS_MAX];
-    uint64_t word[N_SLOTS];
-    uint32_t n_slots;
+struct scene_segment { /* of one layer and KV head */
+    struct winnow_index_view view;
+    uint16_t *order;
+    uint32_t *home; /* [span], in the arena, whatever the gpu is told */
 };
 
-static struct planted planted;
+struct scene_head { /* of one session, layer and KV head */
+    struct kernel_data data;
+    struct scene_segment *segment;
+};
 
-/* A place for block b of a unit; true: a group with it has to wait. */
-static bool block_plant(struct unit *unit, uint32_t u, uint32_t b, const struct places *places,
-                        struct winnow_rng *rng, struct winnow_gpu_unit *to, uint32_t *place)
+struct scene {
+    struct scene_options of;
+    struct winnow_model_shape head_shape; /* one KV head, layout 2 */
+    uint32_t n_group, span, block_bytes, n_segment_slots;
+    uint8_t *arena;
+    uint64_t arena_bytes;
+    struct scene_head *head; /* [session][layer][KV head] */
+    const struct winnow_kernels *ref;
+};
+
+static const struct winnow_gpu_api *api;
+
+/* WINNOW_TEST_SMALL: sizes for a sanitizer, which makes a launch a hundred times slower. */
+static inline bool scene_is_small(void)
 {
-    struct winnow_gpu_view *view = &scene.view;
-    uint32_t id = block_id(u / N_HEADS, u % N_HEADS, b), pages = view->block_bytes / 4096;
-    uint32_t chance = (uint32_t)winnow_rng_below(rng, 100), slot = N_SLOTS + planted.n_slots;
-
-    if (chance < places->on_disk) {
-        *place = WINNOW_GPU_ON_DISK;
-        unit->selected[b] = 0;
-        to->n_disk++;
-        return false;
-    }
-    chance = (uint32_t)winnow_rng_below(rng, 100);
-    if (chance < places->unfit) {
-        *place = WINNOW_GPU_FROM_HOST | id * pages;
-        to->n_host++;
-        to->n_unfit++;
-        return false;
-    }
-    *place = slot;
-    planted.word[planted.n_slots] = (id + UINT64_C(1)) << 32 | STAMP;
-    bool is_missed = chance < places->unfit + places->missed;
-    if (is_missed) {
-        to->n_host++;
-        planted.word[planted.n_slots] |= WINNOW_GPU_FETCHING;
-        planted.fetch[planted.queue[0].n_fetch++] =
-            (struct winnow_gpu_fetch){.home = id * pages, .slot = slot};
-    } else {
-        to->n_device++;
-        to_device(view->slots + (size_t)slot * view->block_bytes,
-                  scene.host + (size_t)id * view->block_bytes, view->block_bytes);
-    }
-    planted.n_slots++;
-    return is_missed;
+    return getenv("WINNOW_TEST_SMALL") != NULL;
 }
 
-static void unit_plant(uint32_t u, const struct places *places, struct winnow_rng *rng,
-                       struct winnow_gpu_unit *to)
+/* The library of WINNOW_TEST_CUDA, or the one beside the program, and its first device; --require
+ * cuda makes their absence a failure, else it is a skip. */
+static inline void scene_api_init(int argc, char **argv)
 {
-    struct unit *unit = &scene.unit[u];
-    struct winnow_selection *sel = &unit->sel;
-    struct winnow_gpu_queue *queue = &planted.queue[0];
-    uint32_t n = 0, n_quarter = (sel->n_selected + 3) / 4 > 4 ? (sel->n_selected + 3) / 4 : 4;
-    bool waits = false;
+    bool is_required = argc > 2 && !strcmp(argv[1], "--require") && !strcmp(argv[2], "cuda");
+    char text[256];
 
-    for (uint32_t i = 0; i < to->n_chunks; i++)
-        planted.ready[queue->n_ready++] = (struct winnow_gpu_work){u, WINNOW_GPU_WORK_CHUNK | i};
-    for (uint32_t b = 0; b < unit->n_blocks; b++) {
-        if (!unit->selected[b])
-            continue;
-        unit->listed[n].block = b;
-        waits |= block_plant(unit, u, b, places, rng, to, &unit->listed[n].place);
-        n++;
-        if (n % 8 && n < sel->n_selected)
-            continue;
-        struct winnow_gpu_work work = {u, (n - 1) / 8};
-        if (waits)
-            planted.waiting[queue->n_waiting++] = work;
-        else
-            planted.ready[queue->n_ready++] = work;
-        waits = false;
-    }
-    CHECK_EQ(n, sel->n_selected);
-    to->n_selected = n;
-    to->n_groups = (n + 7) / 8;
-    to->key_largest = unit->n_blocks ? sel->ln_key[sel->block_idx[0]] : -INFINITY;
-    to->key_threshold = n ? sel->ln_key[sel->block_idx[n - 1]] : to->key_largest;
-    to->key_quarter = n > n_quarter ? sel->ln_key[sel->block_idx[n - n_quarter - 1]] : INFINITY;
-    winnow_ref_largest(sel, false, to->largest);
+    if (is_required)
+        argc -= 2, argv += 2;
+    TEST_INIT(argc, argv);
+    api = winnow_gpu_load(getenv("WINNOW_TEST_CUDA"), text);
+    if (api && api->probe(0, text) == 0)
+        return;
+    if (is_required)
+        test_fail(__FILE__, __LINE__, text);
+    printf("%s\n", text);
+    TEST_SKIP("no cuda device, or no library for it");
 }
 
-/* How far a logit on the device may lie from the exact one: anywhere once sums overflow. */
-static double logit_difference(const struct unit *unit, uint32_t g)
+static inline uint64_t scene_n_tokens(const struct scene *scene, uint32_t session)
 {
-    uint32_t width = scene.of.shape.k_width;
-    double largest = 0;
-
-    for (uint32_t s = 0; s <= unit->n_blocks / SPAN; s++) {
-        const struct kernel_data *data =
-            s < unit->n_blocks / SPAN ? &unit->segment[s] : &unit->tail;
-        for (size_t t = 0; t < 16 * (size_t)data->n_blocks; t++) {
-            double sum = 0;
-            for (uint32_t d = 0; d < width; d++)
-                sum += fabs((double)unit->q[g * width + d] * (double)data->k[t * width + d]);
-            largest = fmax(largest, sum);
-        }
-    }
-    if (largest > (double)FLT_MAX)
-        return INFINITY;
-    return (scene.of.shape.kv_dtype == WINNOW_BF16 ? 0x1p-16 : 0x1p-20) *
-           (double)scene.view.softmax_scale * largest;
+    return scene->of.n_sinks + (uint64_t)scene->of.n_segments[session] * scene->of.segment_tokens +
+           scene->of.n_tail[session];
 }
 
-/* One launch: begin and tail, the plan planted, attend and more. Poisons what is written. */
-static void launch(const struct places *places, uint32_t n_fetchers, uint64_t seed)
+static inline struct scene_head *scene_head(const struct scene *scene, uint32_t session,
+                                            uint32_t layer, uint32_t head)
 {
-    struct winnow_gpu_view *view = &scene.view;
-    struct winnow_gpu_unit units[N_UNITS];
+    return &scene->head[(session * scene->of.shape.n_layers + layer) * scene->of.shape.n_kv_heads +
+                        head];
+}
+
+/* The segment slot of a session's segment. */
+static inline uint32_t scene_slot(const struct scene *scene, uint32_t session, uint32_t segment)
+{
+    for (uint32_t s = 0; s < session; s++)
+        segment += scene->of.n_segments[s];
+    return segment;
+}
+
+/* fp32 as dtype holds it; what overflows becomes a large number that does not. */
+static inline float scene_round(uint32_t dtype, float x)
+{
+    if (dtype == WINNOW_FP32)
+        return x;
+    if (dtype == WINNOW_BF16)
+        return winnow_ref_bf16_to_float(winnow_ref_float_to_bf16(fmaxf(fminf(x, 3e38f), -3e38f)));
+    return winnow_ref_fp16_to_float(winnow_ref_float_to_fp16(fmaxf(fminf(x, 65504.0f), -65504.0f)));
+}
+
+static inline void scene_round_all(uint32_t dtype, float *x, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        x[i] = scene_round(dtype, x[i]);
+}
+
+/* Tokens `first`, ... of a head as a block of layout 2; order NULL: as they come. */
+static inline void scene_block(const struct scene *scene, const struct scene_head *head,
+                               uint64_t first, uint32_t n, const uint16_t *order, void *block)
+{
+    static float k[16 * WINNOW_WIDTH_MAX], v[16 * WINNOW_WIDTH_MAX];
+    uint32_t k_width = scene->of.shape.k_width, v_width = scene->of.shape.v_width;
+
+    for (uint32_t t = 0; t < n; t++) {
+        uint64_t token = first + (order ? order[t] : t);
+        memcpy(k + t * k_width, head->data.k + token * k_width, k_width * sizeof *k);
+        memcpy(v + t * v_width, head->data.v + token * v_width, v_width * sizeof *v);
+    }
+    scene->ref->block_pack(&scene->head_shape, 0, n, k, v, block);
+}
+
+static inline void scene_segment_init(struct scene *scene, struct scene_head *head,
+                                      uint32_t segment, uint32_t home_first)
+{
+    const struct winnow_kernels *builder = winnow_kernels_find(NULL);
+    uint32_t S = scene->of.segment_tokens;
+    uint64_t first = scene->of.n_sinks + (uint64_t)segment * S;
+    struct scene_segment *of = &head->segment[segment];
+    void *scratch = case_alloc(builder->scratch_bytes(&scene->head_shape, scene->span));
+
+    of->order = case_alloc(S * sizeof *of->order);
+    of->home = case_alloc(scene->span * sizeof *of->home);
+    case_view_init(&of->view, &scene->head_shape, scene->span);
+    CHECK_EQ(builder->build(
+                 &scene->head_shape, scene->span, head->data.k + first * scene->of.shape.k_width,
+                 head->data.v + first * scene->of.shape.v_width, of->order, &of->view, scratch),
+             0);
+    for (uint32_t b = 0; b < scene->span; b++) {
+        of->home[b] = (home_first + b) * (scene->block_bytes / 4096);
+        scene_block(scene, head, first, 16, of->order + 16 * b,
+                    scene->arena + (uint64_t)of->home[b] * 4096);
+    }
+    winnow_alloc_free(scratch);
+}
+
+/* Tokens of a trace; its queries, evenly spaced. */
+static inline void scene_fill_trace(struct kernel_data *data, const struct winnow_trace *trace)
+{
+    size_t n = trace->n_tokens * (size_t)trace->width * sizeof(float);
+    size_t n_query = trace->n_q * (size_t)trace->width;
+
+    CHECK(trace->width == data->shape.k_width && trace->n_q == data->n_q);
+    CHECK(trace->n_tokens <= 16 * data->n_blocks);
+    memcpy(data->k, trace->k, n);
+    memcpy(data->v, trace->v, n);
+    for (uint32_t i = 0; i < SCENE_QUERIES; i++)
+        memcpy(data->q + i * n_query,
+               trace->q + (trace->n_steps - 1 - i * trace->n_steps / SCENE_QUERIES) * n_query,
+               n_query * sizeof(float));
+}
+
+static inline void scene_head_init(struct scene *scene, uint32_t session, uint32_t idx,
+                                   uint32_t home_first)
+{
+    struct scene_head *head = &scene->head[idx];
+    struct kernel_data *data = &head->data;
+    size_t k_width = scene->of.shape.k_width, v_width = scene->of.shape.v_width;
     struct winnow_rng rng;
-    size_t g = group();
 
-    winnow_rng_init(&rng, seed);
-    view->n_fetchers = n_fetchers;
-    CUDA(cudaMemset(view->slots + (size_t)N_SLOTS * view->block_bytes, 0xff,
-                    (size_t)N_SLOTS * view->block_bytes));
-    CUDA(cudaMemset(view->partial, 0xff, N_UNITS * PARTIALS * g * stride() * sizeof(float)));
-    CUDA(cudaMemset(view->ln_m, 0xff, N_UNITS * N_BLOCKS_MAX * g * sizeof(float)));
-    for (uint32_t i = 0; i < N_ITEMS; i++) {
-        CUDA(cudaMemset(scene.out[i] + GUARD, 0xa5, out_bytes()));
-        CUDA(cudaMemset(scene.certificate[i], 0xff, sizeof **scene.certificate));
+    winnow_rng_init(&rng, scene->of.seed + idx);
+    *data = (struct kernel_data){
+        .shape = scene->head_shape,
+        .n_q = scene->n_group,
+        .n_blocks = (uint32_t)(scene_n_tokens(scene, session) + 15) / 16 + 1,
+        .n_pos = SCENE_QUERIES,
+    };
+    data->k = case_alloc(16 * data->n_blocks * k_width * sizeof(float));
+    data->v = case_alloc(16 * data->n_blocks * v_width * sizeof(float));
+    data->q = case_alloc(SCENE_QUERIES * scene->n_group * k_width * sizeof(float));
+    if (scene->of.trace) {
+        scene_fill_trace(data, &scene->of.trace[idx]);
+    } else {
+        case_fill_random(data, &rng);
+        case_fill_hostile(data, scene->of.input);
     }
-    CUDA(winnow_gpu_stage_begin(view, &scene.grid, 0));
-    CUDA(winnow_gpu_stage_tail(view, &scene.grid, 0));
-    CUDA(cudaDeviceSynchronize());
-    from_device(units, view->unit, sizeof units);
-    memset(&planted, 0, sizeof planted);
-    for (uint32_t u = 0; u < N_UNITS; u++) {
-        struct unit *unit = &scene.unit[u];
-        if (units[u].status)
+    scene_round_all(scene->of.shape.kv_dtype, data->k, 16 * data->n_blocks * k_width);
+    scene_round_all(scene->of.shape.kv_dtype, data->v, 16 * data->n_blocks * v_width);
+    scene_round_all(scene->of.shape.io_dtype, data->q, SCENE_QUERIES * scene->n_group * k_width);
+    head->segment = case_alloc((scene->of.n_segments[session] + 1) * sizeof *head->segment);
+    for (uint32_t k = 0; k < scene->of.n_segments[session]; k++)
+        scene_segment_init(scene, head, k, home_first + k * scene->span);
+}
+
+static inline void scene_init(struct scene *scene, const struct scene_options *options)
+{
+    uint32_t n_heads = options->shape.n_layers * options->shape.n_kv_heads, n_home = 0;
+
+    *scene = (struct scene){.of = *options, .head_shape = options->shape};
+    scene->ref = winnow_kernels_ref();
+    scene->of.shape.softmax_scale = scene->head_shape.softmax_scale =
+        1 / sqrtf((float)options->shape.k_width);
+    scene->head_shape.n_q_heads = scene->n_group =
+        options->shape.n_q_heads / options->shape.n_kv_heads;
+    scene->head_shape.n_kv_heads = scene->head_shape.n_layers = 1;
+    scene->span = options->segment_tokens / 16;
+    scene->block_bytes = winnow_block_bytes(&scene->head_shape);
+    scene->n_segment_slots = scene_slot(scene, options->n_sessions, 0);
+    scene->arena_bytes =
+        ((uint64_t)scene->n_segment_slots * n_heads * scene->span + 1) * scene->block_bytes;
+    scene->arena = winnow_alloc_map(scene->arena_bytes);
+    CHECK(scene->arena);
+    memset(scene->arena, 0xff, scene->arena_bytes);
+    scene->head = case_alloc(options->n_sessions * n_heads * sizeof *scene->head);
+    for (uint32_t i = 0; i < options->n_sessions * n_heads; i++) {
+        uint32_t session = i / n_heads;
+        scene_head_init(scene, session, i, n_home);
+        n_home += options->n_segments[session] * scene->span;
+    }
+}
+
+static inline void scene_finish(struct scene *scene)
+{
+    uint32_t n_heads = scene->of.shape.n_layers * scene->of.shape.n_kv_heads;
+
+    for (uint32_t i = 0; i < scene->of.n_sessions * n_heads; i++) {
+        struct scene_head *head = &scene->head[i];
+        for (uint32_t k = 0; k < scene->of.n_segments[i / n_heads]; k++) {
+            case_view_finish(&head->segment[k].view);
+            winnow_alloc_free(head->segment[k].order);
+            winnow_alloc_free(head->segment[k].home);
+        }
+        winnow_alloc_free(head->segment);
+        winnow_alloc_free(head->data.k);
+        winnow_alloc_free(head->data.v);
+        winnow_alloc_free(head->data.q);
+    }
+    winnow_alloc_free(scene->head);
+    winnow_alloc_unmap(scene->arena, scene->arena_bytes);
+}
+
+/* What differs between gpus of one scene. */
+struct scene_gpu_options {
+    uint32_t n_slots, n_fetchers;
+    uint32_t disk_every; /* each so many-th block is on disk; 0: none */
+};
+
+static inline struct winnow_gpu_options scene_gpu_options(const struct scene *scene,
+                                                          const struct scene_gpu_options *options)
+{
+    uint64_t n_launch_blocks = 1;
+    uint32_t n_longest = 1;
+
+    for (uint32_t s = 0; s < scene->of.n_sessions; s++) {
+        n_launch_blocks += (uint64_t)scene->of.n_segments[s] * scene->span;
+        if (scene->of.n_segments[s] > n_longest)
+            n_longest = scene->of.n_segments[s];
+    }
+    return (struct winnow_gpu_options){
+        .shape = scene->of.shape,
+        .segment_tokens = scene->of.segment_tokens,
+        .n_sinks = scene->of.n_sinks,
+        .n_segments_max = scene->n_segment_slots + 1,
+        .n_sessions_max = scene->of.n_sessions,
+        .n_session_segments_max = n_longest,
+        .n_slots = options->n_slots,
+        .n_items_max = scene->of.n_sessions,
+        .n_launch_blocks_max = n_launch_blocks,
+        .n_fetchers = options->n_fetchers,
+    };
+}
+
+/* Homes of a segment slot's layer as a gpu is told them. */
+static inline void scene_homes(const struct scene *scene, uint32_t session, uint32_t layer,
+                               uint32_t segment, uint32_t disk_every, uint32_t *home)
+{
+    for (uint32_t h = 0; h < scene->of.shape.n_kv_heads; h++)
+        for (uint32_t b = 0; b < scene->span; b++) {
+            uint32_t at = h * scene->span + b;
+            home[at] = scene_head(scene, session, layer, h)->segment[segment].home[b];
+            if (disk_every && at % disk_every == 0)
+                home[at] = WINNOW_GPU_ON_DISK;
+        }
+}
+
+/* Blocks [first, last] of a session's sinks and tail, by block number, all layers and heads. */
+static inline void scene_tail_put(const struct scene *scene, struct winnow_gpu *gpu,
+                                  uint32_t session, uint32_t layer, uint64_t n_tokens)
+{
+    uint32_t n_heads = scene->of.shape.n_kv_heads, n_sink_blocks = scene->of.n_sinks / 16;
+    uint32_t n_skipped = scene->of.n_segments[session] * scene->span;
+    uint32_t n_all = (uint32_t)((n_tokens + 15) / 16), n = 0;
+    uint32_t *number = case_alloc((n_all + 1) * sizeof *number);
+    const void **data = case_alloc(((size_t)n_all + 1) * n_heads * sizeof *data);
+
+    for (uint32_t j = 0; j < n_all; j++) {
+        uint64_t n_left = n_tokens - 16 * (uint64_t)j;
+        if (j >= n_sink_blocks && j < n_sink_blocks + n_skipped)
             continue;
-        for (uint32_t i = 0; i < g; i++)
-            CHECK_NEAR(units[u].ln_z[i], unit->ln_z[i], 1e-3 + logit_difference(unit, i));
-        memset(unit->selected, 0, unit->n_blocks);
-        for (uint32_t i = 0; i < unit->sel.n_selected; i++)
-            unit->selected[unit->block_idx[i]] = 1;
-        unit_plant(u, places, &rng, &units[u]);
-        size_t at = units[u].block_first;
-        to_device(view->ln_e + at * g, unit->ln_e, unit->n_blocks * g * sizeof(float));
-        to_device(view->key + at, unit->ln_key, unit->n_blocks * sizeof(float));
-        to_device(view->selected + at, unit->selected, unit->n_blocks);
-        to_device(view->listed + at, unit->listed, unit->n_blocks * sizeof *unit->listed);
+        for (uint32_t h = 0; h < n_heads; h++) {
+            void *block = case_alloc(scene->block_bytes);
+            memset(block, 0xff, scene->block_bytes);
+            scene_block(scene, scene_head(scene, session, layer, h), 16 * (uint64_t)j,
+                        n_left < 16 ? (uint32_t)n_left : 16, NULL, block);
+            data[n * n_heads + h] = block;
+        }
+        number[n++] = j;
     }
-    to_device(view->unit, units, sizeof units);
-    to_device(view->queue, planted.queue, sizeof planted.queue);
-    to_device(view->fetch, planted.fetch, sizeof planted.fetch);
-    to_device(view->ready, planted.ready, sizeof planted.ready);
-    to_device(view->waiting, planted.waiting, sizeof planted.waiting);
-    to_device(view->slot_word + N_SLOTS, planted.word, sizeof planted.word);
-    CUDA(winnow_gpu_stage_attend(view, &scene.grid, 0));
-    CUDA(winnow_gpu_stage_more(view, &scene.grid, 0));
-    CUDA(cudaDeviceSynchronize());
+    CHECK_EQ(api->tail_put(gpu, session, layer, n, number, data), 0);
+    for (uint32_t i = 0; i < n * n_heads; i++)
+        winnow_alloc_free((void *)(uintptr_t)data[i]);
+    winnow_alloc_free(number);
+    winnow_alloc_free(data);
+}
+
+/* A gpu that holds all of the scene. */
+static inline struct winnow_gpu *scene_put(const struct scene *scene,
+                                           struct winnow_gpu_device *device,
+                                           const struct scene_gpu_options *options)
+{
+    struct winnow_gpu_options gpu_options = scene_gpu_options(scene, options);
+    uint32_t n_heads = scene->of.shape.n_kv_heads;
+    uint32_t *home = case_alloc(n_heads * scene->span * sizeof *home), slots[512];
+    struct winnow_index_view views[64];
+    struct winnow_gpu *gpu;
+    char text[256] = "";
+
+    if (api->create(device, &gpu_options, &gpu, text) < 0)
+        test_fail(__FILE__, __LINE__, text);
+    for (uint32_t s = 0; s < scene->of.n_sessions; s++) {
+        for (uint32_t k = 0; k < scene->of.n_segments[s]; k++)
+            slots[k] = scene_slot(scene, s, k);
+        CHECK_EQ(api->session_set(gpu, s, scene->of.n_segments[s], slots), 0);
+        for (uint32_t layer = 0; layer < scene->of.shape.n_layers; layer++) {
+            for (uint32_t k = 0; k < scene->of.n_segments[s]; k++) {
+                for (uint32_t h = 0; h < n_heads; h++)
+                    views[h] = scene_head(scene, s, layer, h)->segment[k].view;
+                scene_homes(scene, s, layer, k, options->disk_every, home);
+                CHECK_EQ(api->segment_put(gpu, slots[k], layer, views, home), 0);
+            }
+            scene_tail_put(scene, gpu, s, layer, scene_n_tokens(scene, s));
+        }
+    }
+    winnow_alloc_free(home);
+    return gpu;
+}
+
+/* A decode item and its memory, poisoned, between guards. */
+struct scene_item {
+    struct winnow_gpu_item item;
+    struct winnow_gpu_certificate certificate;
+    uint8_t *memory, *q, *k, *v, *out;
+    float *lse, *wide; /* wide: out as fp32 */
+    uint32_t *disk_block, n_disk_block_max;
+};
+
+enum { SCENE_GUARD_BYTES = 64 };
+
+static inline size_t scene_io_bytes(const struct scene *scene)
+{
+    return scene->of.shape.io_dtype == WINNOW_FP32 ? 4 : 2;
+}
+
+static inline size_t scene_out_bytes(const struct scene *scene)
+{
+    return (size_t)scene->of.shape.n_q_heads * scene->of.shape.v_width * scene_io_bytes(scene);
+}
+
+static inline void scene_item_init(const struct scene *scene, struct scene_item *item,
+                                   uint32_t session, uint32_t layer, uint32_t query, float mass)
+{
+    const struct winnow_model_shape *shape = &scene->of.shape;
+    size_t io = scene_io_bytes(scene), n_group_k = scene->n_group * shape->k_width;
+    size_t out_bytes = scene_out_bytes(scene);
+
+    *item = (struct scene_item){0};
+    item->n_disk_block_max = scene->of.n_segments[session] * scene->span * shape->n_kv_heads;
+    item->q = case_alloc(shape->n_q_heads * shape->k_width * io);
+    item->k = case_alloc(shape->n_kv_heads * shape->k_width * io);
+    item->v = case_alloc(shape->n_kv_heads * shape->v_width * io);
+    item->lse = case_alloc(shape->n_q_heads * sizeof(float));
+    item->wide = case_alloc((size_t)shape->n_q_heads * shape->v_width * sizeof(float));
+    item->disk_block = case_alloc((item->n_disk_block_max + 1) * sizeof(uint32_t));
+    item->memory = case_alloc(out_bytes + 2 * SCENE_GUARD_BYTES);
+    memset(item->memory, 0xa5, out_bytes + 2 * SCENE_GUARD_BYTES);
+    item->out = item->memory + SCENE_GUARD_BYTES;
+    for (uint32_t h = 0; h < shape->n_kv_heads; h++) {
+        const struct kernel_data *data = &scene_head(scene, session, layer, h)->data;
+        size_t last = scene_n_tokens(scene, session) - 1;
+        scene->ref->from_float(shape->io_dtype, n_group_k, data->q + query * n_group_k,
+                               item->q + h * n_group_k * io);
+        scene->ref->from_float(shape->io_dtype, shape->k_width, data->k + last * shape->k_width,
+                               item->k + h * shape->k_width * io);
+        scene->ref->from_float(shape->io_dtype, shape->v_width, data->v + last * shape->v_width,
+                               item->v + h * shape->v_width * io);
+    }
+    item->item = (struct winnow_gpu_item){
+        .session = session,
+        .layer = layer,
+        .n_segments = scene->of.n_segments[session],
+        .n_tokens = scene_n_tokens(scene, session),
+        .mass = mass,
+        .q = item->q,
+        .out = item->out,
+        .lse = item->lse,
+        .certificate = &item->certificate,
+        .disk_block = item->disk_block,
+        .n_disk_block_max = item->n_disk_block_max,
+    };
+}
+
+static inline void scene_item_finish(const struct scene *scene, struct scene_item *item)
+{
+    for (size_t i = 0; i < SCENE_GUARD_BYTES; i++) {
+        CHECK_EQ(item->memory[i], 0xa5);
+        CHECK_EQ(item->out[scene_out_bytes(scene) + i], 0xa5);
+    }
+    winnow_alloc_free(item->q);
+    winnow_alloc_free(item->k);
+    winnow_alloc_free(item->v);
+    winnow_alloc_free(item->lse);
+    winnow_alloc_free(item->wide);
+    winnow_alloc_free(item->disk_block);
+    winnow_alloc_free(item->memory);
+}
+
+/* One launch of n items, waited for. */
+static inline void scene_decode(const struct scene *scene, struct winnow_gpu *gpu, uint32_t n,
+                                struct scene_item *items)
+{
+    struct winnow_gpu_item list[SCENE_SESSIONS_MAX];
+
+    for (uint32_t i = 0; i < n; i++)
+        list[i] = items[i].item;
+    int64_t ticket = api->decode(gpu, n, list);
+    CHECK(ticket > 0);
+    CHECK_EQ(api->poll(gpu, ticket, true), 1);
+    for (uint32_t i = 0; i < n; i++)
+        winnow_ref_widen(scene->of.shape.io_dtype,
+                         (size_t)scene->of.shape.n_q_heads * scene->of.shape.v_width, items[i].out,
+                         items[i].wide);
+}
+
+/* The same bits: output, lse and certificate but for where blocks were found. */
+static inline void scene_same(const struct scene *scene, const struct scene_item *a,
+                              const struct scene_item *b)
+{
+    const struct winnow_gpu_certificate *x = &a->certificate, *y = &b->certificate;
+
+    CHECK_EQ(x->status, y->status);
+    CHECK_EQ(x->n_rounds, y->n_rounds);
+    CHECK_EQ(x->n_blocks_device + x->n_blocks_host + x->n_blocks_disk,
+             y->n_blocks_device + y->n_blocks_host + y->n_blocks_disk);
+    CHECK(!memcmp(a->out, b->out, scene_out_bytes(scene)));
+    CHECK(!memcmp(a->lse, b->lse, scene->of.shape.n_q_heads * sizeof(float)));
+    CHECK(!memcmp(&x->mass_reached, &y->mass_reached, sizeof(float)));
 }

@@ -5,7 +5,7 @@
  * Logits on the device are as exact as a query in two 16-bit halves: 2^-16 of the largest sum of
  * |q_i k_i| (bf16; fp16 2^-20); outputs may differ by twice that, as in versions.h.
  */
-#include "gpu_scene.h"
+#include "gpu_placed.h"
 
 static double values_largest(const struct unit *unit)
 {

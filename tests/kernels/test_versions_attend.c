@@ -230,11 +230,11 @@ static void test_fragments(void)
     static const uint64_t position[N] = {UINT64_MAX, 64, 80};
     float a_m[N * WINNOW_GQA_MAX], b_m[N * WINNOW_GQA_MAX];
     struct winnow_model_shape shape = data.shape;
-    uint8_t *copy = case_alloc(N * data.block_bytes);
     const void *block[N];
 
     if (shape.kv_dtype == WINNOW_FP32)
         return;
+    uint8_t *copy = case_alloc(N * data.block_bytes);
     shape.block_layout = WINNOW_BLOCK_FRAGMENTS;
     memset(copy, 0xff, N * data.block_bytes);
     for (uint32_t i = 0; i < N; i++) {

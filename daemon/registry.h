@@ -30,7 +30,7 @@ struct winnow_registry_session {
     uint64_t id;                          /* random, the core's */
     struct winnow_lease *lease;
     struct winnow_model *model;
-    uint32_t epoch, segment_tokens, n_sinks;
+    uint32_t epoch, segment_tokens, n_sinks, block_layout;
     uint64_t n_forked; /* tokens held when it was forked */
     uint8_t name[4], request_id[16], fingerprint[32];
     uint8_t append_id[16]; /* of the last Append stream */

@@ -123,7 +123,7 @@ static void open_answer(struct winnow_rpc_call *call, const struct winnow_regist
     reply.session = session->id;
     reply.model = session->model->number;
     reply.fingerprint = (ProtobufCBinaryData){32, (uint8_t *)session->fingerprint};
-    reply.block_layout = session->model->shape.block_layout;
+    reply.block_layout = session->block_layout;
     reply.segment_tokens = session->segment_tokens;
     reply.n_sinks = session->n_sinks;
     reply.epoch = session->epoch;
@@ -146,7 +146,7 @@ static int shape_of(const Winnow__V1__ModelShape *model, struct winnow_model_sha
         .softmax_scale = model->softmax_scale,
         .kv_dtype = model->kv_dtype,
         .io_dtype = model->io_dtype,
-        .block_layout = model->block_layout ? model->block_layout : WINNOW_BLOCK_LAYOUT,
+        .block_layout = model->block_layout,
     };
     if (!model->layers || model->layers > N_LAYERS_MAX) {
         snprintf(text, 256, "%u layers lie outside 1 to %d", model->layers, N_LAYERS_MAX);
@@ -158,9 +158,9 @@ static int shape_of(const Winnow__V1__ModelShape *model, struct winnow_model_sha
                  model->kv_heads, N_HEADS_MAX);
         return -EINVAL;
     }
-    if (shape->block_layout != WINNOW_BLOCK_LAYOUT) {
-        snprintf(text, 256, "block layout %u is unknown, this build has %d", shape->block_layout,
-                 WINNOW_BLOCK_LAYOUT);
+    if (shape->block_layout > WINNOW_BLOCK_FRAGMENTS) {
+        snprintf(text, 256, "block layout %u is unknown, this build has %d and %d",
+                 shape->block_layout, WINNOW_BLOCK_LAYOUT, WINNOW_BLOCK_FRAGMENTS);
         return -EPROTO;
     }
     if ((model->weights_id.len && model->weights_id.len != 32) ||
@@ -168,7 +168,10 @@ static int shape_of(const Winnow__V1__ModelShape *model, struct winnow_model_sha
         snprintf(text, 256, "weights_id has 32 bytes or none, branch at most %d", BRANCH_BYTES_MAX);
         return -EINVAL;
     }
-    return winnow_model_shape_check(shape, text);
+    struct winnow_model_shape chosen = *shape; /* 0: the core chooses */
+    if (!chosen.block_layout)
+        chosen.block_layout = WINNOW_BLOCK_LAYOUT;
+    return winnow_model_shape_check(&chosen, text);
 }
 
 static bool options_of(struct winnow_rpc_call *call, const Winnow__V1__SessionOptions *options,
@@ -316,6 +319,7 @@ static void open_done(struct winnow_rpc_call *call, struct winnow_rpc_item *item
     session->epoch = request->epoch;
     session->segment_tokens = request->open.ret_segment_tokens;
     session->n_sinks = request->open.ret_n_sinks;
+    session->block_layout = request->open.shape.block_layout; /* the core's choice */
     struct winnow_identity identity = {
         .shape = request->open.shape,
         .segment_tokens = session->segment_tokens,
@@ -395,6 +399,7 @@ static void fork_done(struct winnow_rpc_call *call, struct winnow_rpc_item *item
     session->epoch = request->epoch;
     session->n_forked = request->n_held;
     session->segment_tokens = call->open.parent.segment_tokens;
+    session->block_layout = call->open.parent.block_layout;
     session->n_sinks = call->open.parent.n_sinks;
     memcpy(session->fingerprint, call->open.parent.fingerprint, sizeof session->fingerprint);
     fork_answer(call, session, request->n_held);

@@ -253,7 +253,7 @@ int64_t winnow_core_step(struct winnow_core *core, int64_t now_ns)
         core->progress |= winnow_device_poll(core);
         winnow_spill_pump(core, false);
         next_ns = winnow_ops_advance(core);
-        if (!core->progress && !items_spin(core))
+        if (!core->progress && !items_spin(core) && !winnow_device_spin(core))
             break;
     }
     if (item_run(core) || winnow_device_busy(core->tiers.device))

@@ -8,7 +8,10 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { CACHE_OF_KV = 10 }; /* one block in so many of those indexed has a slot */
+enum {
+    CACHE_OF_KV = 10,  /* one block in so many of those indexed has a slot */
+    TAIL_AT_ONCE = 32, /* blocks of every head that one call puts */
+};
 
 // --- slots --------------------------------------------------------------------------------------
 
@@ -110,7 +113,7 @@ static bool gpu_create(struct winnow_core *core, const struct winnow_model_shape
     device->views = winnow_alloc_array(n_heads, sizeof *device->views);
     device->homes = winnow_alloc_array(n_blocks, sizeof *device->homes);
     device->block_idx = winnow_alloc_array(n_blocks, sizeof *device->block_idx);
-    device->tail = winnow_alloc_array(n_heads, sizeof *device->tail);
+    device->tail = winnow_alloc_array(n_heads * TAIL_AT_ONCE, sizeof *device->tail);
     if (!device->views || !device->homes || !device->block_idx || !device->tail ||
         slots_init(&device->session_slots, options->n_sessions_max) < 0 ||
         slots_init(&device->segment_slots, options->n_segments_max) < 0 ||
@@ -296,21 +299,27 @@ static int tail_sync(struct winnow_core *core, struct winnow_session *session, u
     struct winnow_context *context = session->context;
     uint32_t layer = session->op.layer;
     struct winnow_session_layer *state = &session->layer[layer];
-    for (uint32_t i = 0; i < context->layer[layer].n_blocks; i++) {
+    uint32_t number[TAIL_AT_ONCE], n = 0, n_heads = context->shape.n_kv_heads;
+    int rc = 0;
+    for (uint32_t i = 0; i < context->layer[layer].n_blocks && rc == 0; i++) {
         uint64_t at = winnow_context_position_of(context, layer, i);
-        uint32_t number = (uint32_t)(at / WINNOW_BLOCK_TOKENS);
         if (at + WINNOW_BLOCK_TOKENS <= state->on_device || at >= n_tokens)
             continue;
-        for (uint32_t head = 0; head < context->shape.n_kv_heads; head++)
-            device->tail[head] = winnow_context_block(context, layer, head, i);
-        int rc = device->api->tail_put(device->gpu, session->device_slot - 1, layer, 1, &number,
-                                       device->tail);
-        if (rc < 0)
-            return rc;
+        for (uint32_t head = 0; head < n_heads; head++)
+            device->tail[n * n_heads + head] = winnow_context_block(context, layer, head, i);
+        number[n++] = (uint32_t)(at / WINNOW_BLOCK_TOKENS);
+        if (n < TAIL_AT_ONCE)
+            continue;
+        rc = device->api->tail_put(device->gpu, session->device_slot - 1, layer, n, number,
+                                   device->tail);
+        n = 0;
     }
-    if (n_tokens > state->on_device)
+    if (rc == 0 && n > 0)
+        rc = device->api->tail_put(device->gpu, session->device_slot - 1, layer, n, number,
+                                   device->tail);
+    if (rc == 0 && n_tokens > state->on_device)
         state->on_device = n_tokens;
-    return 0;
+    return rc;
 }
 
 int winnow_device_sync(struct winnow_core *core, struct winnow_session *session,

@@ -59,7 +59,7 @@ struct winnow_device {
     struct winnow_index_view *views; /* [n_kv_heads] */
     uint32_t *homes;                 /* [n_kv_heads][S / 16] */
     uint32_t *block_idx;             /* the same: 0, 1, 2 .. */
-    const void **tail;               /* [n_kv_heads] */
+    const void **tail;               /* [blocks put at once][n_kv_heads] */
 };
 
 /* --- device.c --- */
@@ -93,6 +93,8 @@ void winnow_device_refuse(struct winnow_core *core, struct winnow_session *sessi
 bool winnow_device_advance(struct winnow_core *core, struct winnow_session *session);
 /* Launches what waits, takes what is complete. True: something was. */
 bool winnow_device_poll(struct winnow_core *core);
+/* Polls for as long as a launch may take whose end is worth waiting for here. True: something was. */
+bool winnow_device_spin(struct winnow_core *core);
 /* Launches are out: the loop should come again at once. */
 bool winnow_device_busy(const struct winnow_device *device); /* NULL is fine */
 bool winnow_device_lost(const struct winnow_device *device); /* NULL is fine */

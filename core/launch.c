@@ -5,7 +5,10 @@
 #include <errno.h>
 #include <string.h>
 
-enum { N_READS_MAX = 4 }; /* of a step: two rounds want some, another step may take one's place */
+enum {
+    N_READS_MAX = 4, /* of a step: two rounds want some, another step may take one's place */
+    SPIN_POLLS = 64, /* of 1 to 2 us each: about the time of a small launch */
+};
 
 static void blocks_release(struct winnow_core *core, struct winnow_session *session)
 {
@@ -216,6 +219,14 @@ bool winnow_device_poll(struct winnow_core *core)
         any = true;
     winnow_device_shape_end(device);
     return any;
+}
+
+bool winnow_device_spin(struct winnow_core *core)
+{
+    for (int i = 0; i < SPIN_POLLS && winnow_device_busy(core->tiers.device); i++)
+        if (winnow_device_poll(core))
+            return true;
+    return false;
 }
 
 bool winnow_device_busy(const struct winnow_device *device)

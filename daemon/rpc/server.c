@@ -392,10 +392,13 @@ static void take_event(struct winnow_rpc *rpc, const grpc_event *event)
         winnow_rpc_call_complete(tag, event->success != 0);
 }
 
-static gpr_timespec timespec_of(int64_t when_ns)
+/* gRPC rounds deadlines up to milliseconds: what is due at once must lie in the past. */
+static gpr_timespec timespec_of(int64_t when_ns, int64_t now_ns)
 {
     if (when_ns == WINNOW_NEVER_NS)
         return gpr_inf_future(GPR_CLOCK_MONOTONIC);
+    if (when_ns <= now_ns)
+        return gpr_inf_past(GPR_CLOCK_MONOTONIC);
     gpr_timespec when = gpr_time_from_nanos(when_ns, GPR_TIMESPAN);
     when.clock_type = GPR_CLOCK_MONOTONIC;
     return when;
@@ -424,7 +427,8 @@ void winnow_rpc_run(struct winnow_rpc *rpc, struct winnow_core *core, struct win
             when_ns = rpc->journal.hour_ns;
         if (rpc->is_draining && now_ns + 10 * WINNOW_NS_PER_MS < when_ns)
             when_ns = now_ns + 10 * WINNOW_NS_PER_MS;
-        grpc_event event = grpc_completion_queue_next(rpc->queue, timespec_of(when_ns), NULL);
+        grpc_event event =
+            grpc_completion_queue_next(rpc->queue, timespec_of(when_ns, now_ns), NULL);
         if (event.type == GRPC_OP_COMPLETE)
             take_event(rpc, &event);
     }

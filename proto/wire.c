@@ -284,6 +284,42 @@ static int fail(struct winnow_wire_message *message, int error, const char *form
     return error;
 }
 
+static bool has_bool(const ProtobufCMessageDescriptor *type)
+{
+    for (uint32_t i = 0; i < type->n_fields; i++) {
+        const ProtobufCFieldDescriptor *field = &type->fields[i];
+        if (field->type == PROTOBUF_C_TYPE_BOOL ||
+            (field->type == PROTOBUF_C_TYPE_MESSAGE && has_bool(field->descriptor)))
+            return true;
+    }
+    return false;
+}
+
+/* protobuf-c checks every wire type but a bool's, which it reads from any: this checks that one, at
+ * every depth. Messages that hold no bool, as those of Attend, are not walked. */
+static bool are_bools_varints(const ProtobufCMessageDescriptor *type, const uint8_t *data,
+                              size_t n_bytes)
+{
+    struct winnow_wire_slice slice = {data, n_bytes};
+    struct cursor cursor = {.slice = &slice, .end = &slice + 1, .n_bytes = n_bytes};
+    bool is_walked = has_bool(type);
+    while (is_walked && cursor.position_bytes < n_bytes) {
+        uint64_t tag, n_value;
+        if (!cursor_varint(&cursor, &tag) || !cursor_field(&cursor, tag, &n_value))
+            return false;
+        const ProtobufCFieldDescriptor *field =
+            protobuf_c_message_descriptor_get_field(type, (unsigned)(tag >> 3));
+        if (!field)
+            continue;
+        if (field->type == PROTOBUF_C_TYPE_BOOL && (tag & 7) != PROTOBUF_C_WIRE_TYPE_VARINT)
+            return false;
+        if (field->type == PROTOBUF_C_TYPE_MESSAGE &&
+            !are_bools_varints(field->descriptor, data + cursor.position_bytes - n_value, n_value))
+            return false;
+    }
+    return true;
+}
+
 /* Unpacks all but the tensor. NULL: malformed, or the arena is spent. */
 static ProtobufCMessage *unpack_rest(struct winnow_wire_arena *arena,
                                      const ProtobufCMessageDescriptor *type,
@@ -294,6 +330,8 @@ static ProtobufCMessage *unpack_rest(struct winnow_wire_arena *arena,
         return NULL;
     copy_range(input, 0, rest, cut->n_before);
     copy_range(input, cut->behind_bytes, rest + cut->n_before, cut->n_behind);
+    if (!are_bools_varints(type, rest, cut->n_before + cut->n_behind))
+        return NULL;
     return protobuf_c_message_unpack(type, &arena->allocator, cut->n_before + cut->n_behind, rest);
 }
 

@@ -177,6 +177,44 @@ static void test_wire__malformed(void)
     }
 }
 
+/* A bool under another wire type than a number's is malformed, in a request, in a reply and in a
+ * message inside; as a number it is read. */
+static void test_wire__bools_are_numbers(void)
+{
+    static const struct {
+        uint8_t bytes[12];
+        size_t n_bytes;
+    } bad[] = {
+        {{7 << 3 | 1, 1, 0, 0, 0, 0, 0, 0, 0}, 9}, /* want_lse in 8 bytes */
+        {{7 << 3 | 2, 1, 1}, 3},                   /* as bytes */
+        {{7 << 3 | 5, 1, 0, 0, 0}, 5},             /* in 4 bytes */
+        {{7 << 3, 1, 7 << 3 | 2, 1, 1}, 5},        /* once right, once wrong */
+        {{15 << 3 | 2, 1, 'a', 7 << 3 | 2, 0}, 5}, /* behind the tensor */
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        CHECK_EQ(decode_bytes(&winnow__v1__attend_exact_message__descriptor, bad[i].bytes,
+                              bad[i].n_bytes, true),
+                 -EINVAL);
+    static const uint8_t right[] = {15 << 3 | 2, 1, 'a', 7 << 3, 1};
+    CHECK_EQ(decode_bytes(&winnow__v1__attend_exact_message__descriptor, right, sizeof right, true),
+             0);
+    CHECK(((Winnow__V1__AttendExactMessage *)decoded.message)->want_lse);
+
+    static const uint8_t inside[] = {3 << 3 | 2, 3, 7 << 3 | 2, 1, 1}; /* options.strict */
+    CHECK_EQ(
+        decode_bytes(&winnow__v1__open_session_request__descriptor, inside, sizeof inside, true),
+        -EINVAL);
+    CHECK_STR(decoded.text, "OpenSessionRequest: malformed message");
+    static const uint8_t inside_right[] = {3 << 3 | 2, 2, 7 << 3, 1};
+    CHECK_EQ(decode_bytes(&winnow__v1__open_session_request__descriptor, inside_right,
+                          sizeof inside_right, true),
+             0);
+    CHECK(((Winnow__V1__OpenSessionRequest *)decoded.message)->options->strict);
+    static const uint8_t reply[] = {0x92, 0x02, 1, 1}; /* io_direct as bytes */
+    CHECK_EQ(decode_bytes(&winnow__v1__stats_reply__descriptor, reply, sizeof reply, false),
+             -EINVAL);
+}
+
 /* What exceeds a limit is refused before anything is unpacked. */
 static void test_wire__sizes(void)
 {
@@ -308,6 +346,7 @@ int main(int argc, char **argv)
     TEST_RUN(test_wire__tensor_once_in_any_place);
     TEST_RUN(test_wire__unknown_fields);
     TEST_RUN(test_wire__malformed);
+    TEST_RUN(test_wire__bools_are_numbers);
     TEST_RUN(test_wire__sizes);
     TEST_RUN(test_wire__empty_items_are_bounded);
     TEST_RUN(test_wire__arena_bounds);

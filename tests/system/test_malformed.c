@@ -82,8 +82,7 @@ static void try_field(const char *method, uint32_t parent_id, const ProtobufCFie
                                                              [BYTES] = {{1, 'x'}, 2},
                                                              [FIXED32] = {{0}, 4}};
         struct bytes bytes = {0};
-        bool is_taken = field->type == PROTOBUF_C_TYPE_BOOL && plausible[wire_type].n_bytes;
-        if (wire_type == right || is_taken) /* protobuf-c takes a bool of any type: has it a bit? */
+        if (wire_type == right)
             continue;
         add_tag(&bytes, field->id, wire_type);
         add(&bytes, plausible[wire_type].data, plausible[wire_type].n_bytes);

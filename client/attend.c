@@ -9,7 +9,9 @@
 // submit and wait compute it apart.
 #include <client/client.h>
 
+#include <assert.h>
 #include <errno.h>
+#include <stdalign.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,6 +28,14 @@ struct winnow_step {
     int64_t deadline_ns;
     winnow_attend_item *items; /* borrowed until wait */
 };
+
+static_assert((WINNOW_ITEM_EXACT_ALL & WINNOW_ITEM_DEGRADED_OK) == 0, "flags of their own");
+static_assert((WINNOW_WIRE_HAS_KV & WINNOW_WIRE_WANT_LSE) == 0, "flags of their own");
+static_assert((WINNOW_WIRE_EXACT & WINNOW_WIRE_ALLOW_DEGRADED) == 0, "flags of their own");
+static_assert(((WINNOW_WIRE_HAS_KV | WINNOW_WIRE_WANT_LSE) &
+               (WINNOW_WIRE_EXACT | WINNOW_WIRE_ALLOW_DEGRADED)) == 0,
+              "flags of their own");
+static_assert(WINNOW_WIRE_N_ITEMS_MAX > 0, "a part takes at least one item, so that parts end");
 
 static void step_destroy(struct winnow_step *step)
 {
@@ -116,6 +126,13 @@ struct part {
     struct iovec *tensor;
     uint32_t n_items, n_tensor;
 };
+
+static_assert(WINNOW_WIRE_N_ITEMS_MAX *
+                      (sizeof(Winnow__V1__AttendItem) + sizeof(void *) + 3 * sizeof(struct iovec)) <
+                  WINNOW_WIRE_ARENA_BYTES,
+              "a step never grows its arena");
+static_assert(alignof(Winnow__V1__AttendItem) <= 16, "what the arena aligns to");
+static_assert(alignof(struct iovec) <= 16, "what the arena aligns to");
 
 static int part_init(struct part *part, struct winnow_wire_arena *arena, uint32_t n_items)
 {

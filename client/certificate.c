@@ -1,5 +1,16 @@
 #include <client/client.h>
 
+#include <assert.h>
+
+static_assert((int)WINNOW_EXACT == (int)WINNOW__V1__VERDICT__VERDICT_EXACT, "as on the wire");
+static_assert((int)WINNOW_MET == (int)WINNOW__V1__VERDICT__VERDICT_MET, "as on the wire");
+static_assert((int)WINNOW_SHORT == (int)WINNOW__V1__VERDICT__VERDICT_SHORT, "as on the wire");
+static_assert((int)WINNOW_DEGRADED == (int)WINNOW__V1__VERDICT__VERDICT_DEGRADED, "as on the wire");
+static_assert(WINNOW_EXACT > 0, "0: nothing was added yet");
+static_assert(WINNOW_EXACT < WINNOW_MET, "the worst verdict is the largest");
+static_assert(WINNOW_MET < WINNOW_SHORT, "the worst verdict is the largest");
+static_assert(WINNOW_SHORT < WINNOW_DEGRADED, "the worst verdict is the largest");
+
 void winnow_certificate_decode(const Winnow__V1__Certificate *from, winnow_certificate *to)
 {
     *to = (winnow_certificate){

@@ -8,7 +8,9 @@
 // one is answered.
 #include <client/client.h>
 
+#include <assert.h>
 #include <errno.h>
+#include <limits.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -24,6 +26,27 @@
 #define TEND_NS         WINNOW_NS_PER_S
 #define BREAKER_NS      WINNOW_NS_PER_S
 #define DEADLINE_NS_MAX (86400 * WINNOW_NS_PER_S) /* so that sums of times do not overflow */
+
+static_assert(DEADLINE_NS_MAX + WINNOW_GRACE_NS < INT64_MAX / 2, "added to now, and back");
+static_assert(WINNOW_DEFAULT_CONTROL_NS <= DEADLINE_NS_MAX, "a default is no deadline refused");
+static_assert(WINNOW_DEFAULT_ATTEND_NS <= DEADLINE_NS_MAX, "a default is no deadline refused");
+static_assert(WINNOW_DEFAULT_APPEND_NS <= DEADLINE_NS_MAX, "a default is no deadline refused");
+static_assert(WINNOW_DEFAULT_EXACT_NS <= DEADLINE_NS_MAX, "a default is no deadline refused");
+static_assert(PROBE_FIRST_NS < PROBE_LAST_NS, "waits grow");
+static_assert(PROBE_FIRST_NS * 8 / 10 >= WINNOW_NS_PER_MS, "a jittered wait is no busy loop");
+static_assert(PROBE_LAST_NS * 12 / 10 / WINNOW_NS_PER_MS < INT_MAX, "poll(2) takes an int");
+static_assert(TEND_NS >= WINNOW_NS_PER_MS, "tending is no busy loop");
+static_assert(TEND_NS / WINNOW_NS_PER_MS < INT_MAX, "poll(2) takes an int");
+static_assert(PROBE_ANSWER_NS < TEND_NS, "a probe of a silent daemon delays no tending by more");
+static_assert(sizeof(winnow_model) == 32, "ABI: no struct_bytes tells its version");
+static_assert(sizeof(winnow_certificate) == 64, "ABI: no struct_bytes tells its version");
+static_assert(sizeof(winnow_attend_item) == 152, "ABI: no struct_bytes tells its version");
+static_assert(offsetof(winnow_attend_item, status) == 72, "ABI: results begin here");
+static_assert(offsetof(winnow_client_options, struct_bytes) == 0, "read before all else");
+static_assert(offsetof(winnow_session_options, struct_bytes) == 0, "read before all else");
+static_assert(offsetof(winnow_stats, struct_bytes) == 0, "read before all else");
+static_assert(sizeof(((struct winnow_client *)0)->timeout_ns) == 2 * sizeof(int64_t),
+              "the third time-out in a second opens the breaker");
 
 const char *winnow_version(void)
 {

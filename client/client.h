@@ -7,6 +7,7 @@
  */
 #pragma once
 
+#include <assert.h>
 #include <base/clock.h>
 #include <client/error.h>
 #include <client/link.h>
@@ -46,6 +47,9 @@ struct winnow_session {
 #define WINNOW_DEFAULT_ATTEND_NS  (2 * WINNOW_NS_PER_S)
 #define WINNOW_DEFAULT_APPEND_NS  (10 * WINNOW_NS_PER_S)
 #define WINNOW_DEFAULT_EXACT_NS   (60 * WINNOW_NS_PER_S)
+
+static_assert(WINNOW_GRACE_NS + WINNOW_LIMBO_AFTER_NS < 50 * WINNOW_NS_PER_MS,
+              "every call is back by deadline + 50 ms (winnow.h)");
 
 /* Microseconds left, as the wire says them; at least 1. */
 uint64_t winnow_deadline_left_us(int64_t deadline_ns);

@@ -1,3 +1,4 @@
+#include <assert.h>
 #include <client/error.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -5,6 +6,8 @@
 #include <winnow/winnow.h>
 
 static _Thread_local char text[512];
+
+static_assert(sizeof text >= WINNOW_STATUS_TEXT_BYTES, "a status is told whole");
 
 const char *winnow_error_text(void)
 {

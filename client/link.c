@@ -3,6 +3,7 @@
 // the three connections might otherwise meet two lives of the daemon.
 #include <client/client.h>
 
+#include <assert.h>
 #include <client/error.h>
 #include <errno.h>
 #include <stdatomic.h>
@@ -13,12 +14,28 @@
 #include <unistd.h>
 #include <winnow/winnow.h>
 
-#define LEASE_POLL_NS   (10 * WINNOW_NS_PER_MS)
-#define LIMIT_BYTES_MIN 4096 /* below it a daemon is not taken at its word */
+#define LEASE_POLL_NS (10 * WINNOW_NS_PER_MS)
 
 /* ---- messages ---- */
 
 enum { N_TENSOR_PARTS_MAX = 3 * WINNOW_WIRE_N_ITEMS_MAX, HEAD_BYTES_MAX = 32 << 10 };
+
+static_assert((int)HEAD_BYTES_MAX <= (int)WINNOW_WIRE_REST_BYTES_MAX,
+              "the daemon decodes what we encode");
+static_assert(HEAD_BYTES_MAX + WINNOW_WIRE_ATTEND_BYTES_MAX <= WINNOW_WIRE_MESSAGE_BYTES_MAX,
+              "a full part of a step passes gRPC's limit");
+static_assert(HEAD_BYTES_MAX + WINNOW_WIRE_CHUNK_BYTES_MAX <= WINNOW_WIRE_MESSAGE_BYTES_MAX,
+              "a full chunk passes gRPC's limit");
+static_assert((int)WINNOW_LIMIT_BYTES_MIN <= (int)WINNOW_WIRE_ATTEND_BYTES_MAX,
+              "some limit is allowed");
+static_assert((int)WINNOW_LIMIT_BYTES_MIN <= (int)WINNOW_WIRE_CHUNK_BYTES_MAX,
+              "some limit is allowed");
+static_assert(sizeof(((struct winnow_link *)0)->path) ==
+                  sizeof(((struct sockaddr_un *)0)->sun_path),
+              "a path that connects is kept whole");
+static_assert(sizeof(((struct winnow_wire_message *)0)->text) + sizeof "answer of winnowd: " <=
+                  WINNOW_STATUS_TEXT_BYTES,
+              "why an answer was refused is told whole");
 
 int winnow_message_decode(const void *data, size_t n_bytes, const ProtobufCMessageDescriptor *type,
                           struct winnow_wire_arena *arena, void **ret_message,
@@ -114,9 +131,9 @@ static void link_take_limits(struct winnow_link *link, const Winnow__V1__InfoRep
     const struct {
         const char *name;
         uint64_t *value, least;
-    } known[] = {{"attend_bytes", &link->attend_bytes, LIMIT_BYTES_MIN},
-                 {"chunk_bytes", &link->chunk_bytes, LIMIT_BYTES_MIN},
-                 {"window_bytes", &link->window_bytes, LIMIT_BYTES_MIN},
+    } known[] = {{"attend_bytes", &link->attend_bytes, WINNOW_LIMIT_BYTES_MIN},
+                 {"chunk_bytes", &link->chunk_bytes, WINNOW_LIMIT_BYTES_MIN},
+                 {"window_bytes", &link->window_bytes, WINNOW_LIMIT_BYTES_MIN},
                  {"window_tokens", &link->window_tokens, 1}};
     for (size_t i = 0; i < info->n_limits; i++)
         for (size_t j = 0; j < sizeof known / sizeof *known; j++)

@@ -15,6 +15,8 @@
 
 struct winnow_step;
 
+enum { WINNOW_LIMIT_BYTES_MIN = 4096 }; /* below it a daemon is not taken at its word */
+
 struct winnow_link {
     _Atomic uint32_t n_refs;
     uint64_t generation;                           /* the client's count of links */

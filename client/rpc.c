@@ -20,7 +20,7 @@
 // no caller waits for it.
 #include <client/rpc.h>
 
-#include <base/clock.h>
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <grpc/byte_buffer_reader.h>
@@ -28,6 +28,7 @@
 #include <grpc/grpc_posix.h>
 #include <grpc/grpc_security.h>
 #include <grpc/support/alloc.h>
+#include <limits.h>
 #include <proto/wire.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -42,8 +43,21 @@ enum {
     FRAME_BYTES_MAX = 1 << 20,
     LOOKAHEAD_BYTES = 8 << 20,
 };
-#define TEXT_TIMEDOUT  "no answer from winnowd by the deadline"
-#define LIMBO_AFTER_NS (10 * WINNOW_NS_PER_MS)
+#define TEXT_TIMEDOUT "no answer from winnowd by the deadline"
+
+static_assert(FRAME_BYTES_MAX >= 1 << 14, "HTTP/2 allows no smaller SETTINGS_MAX_FRAME_SIZE");
+static_assert(FRAME_BYTES_MAX < 1 << 24, "HTTP/2 allows no larger SETTINGS_MAX_FRAME_SIZE");
+static_assert((int)LOOKAHEAD_BYTES >= (int)WINNOW_WIRE_MESSAGE_BYTES_MAX,
+              "a message waits for no window");
+static_assert((WINNOW_CALL_SEND & WINNOW_CALL_LAST) == 0, "flags of their own");
+static_assert((WINNOW_CALL_SEND & WINNOW_CALL_RECEIVE) == 0, "flags of their own");
+static_assert((WINNOW_CALL_LAST & WINNOW_CALL_RECEIVE) == 0, "flags of their own");
+static_assert(WINNOW_NS_PER_S <= INT32_MAX, "nanoseconds of a gpr_timespec are int32");
+static_assert(sizeof(uid_t) == sizeof(int), "a peer's uid passes as int, -1: unknown");
+static_assert(sizeof(pid_t) == sizeof(int), "a peer's pid passes as int");
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "trailers and tensors are copied as is");
+static_assert(WINNOW_WIRE_MESSAGE_BYTES_MAX <= INT_MAX, "gRPC's arguments are int");
+static_assert(sizeof TEXT_TIMEDOUT <= WINNOW_STATUS_TEXT_BYTES, "told whole");
 
 enum tag { TAG_OPEN, TAG_STATUS, TAG_EXCHANGE, N_TAGS };
 
@@ -478,7 +492,7 @@ void winnow_call_finish(struct winnow_call *call, int64_t deadline_ns, struct wi
         *status = (struct winnow_status){.error = -ETIMEDOUT, .local = true};
         snprintf(status->text, sizeof status->text, TEXT_TIMEDOUT);
     }
-    if (call_drained(call, winnow_clock_now_ns() + LIMBO_AFTER_NS))
+    if (call_drained(call, winnow_clock_now_ns() + WINNOW_LIMBO_AFTER_NS))
         call_free(call);
     else
         limbo_add(call);

@@ -11,6 +11,7 @@
  */
 #pragma once
 
+#include <base/clock.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -20,6 +21,9 @@ struct winnow_channel;
 struct winnow_call;
 
 enum { WINNOW_STATUS_TEXT_BYTES = 384 };
+
+/* What winnow_call_finish waits beyond its deadline, at most. */
+#define WINNOW_LIMBO_AFTER_NS (10 * WINNOW_NS_PER_MS)
 
 /* How a call ended. error 0: the daemon said OK. */
 struct winnow_status {

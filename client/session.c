@@ -3,6 +3,7 @@
 // after a failure.
 #include <client/client.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -10,6 +11,20 @@
 #include <sys/random.h>
 
 enum { N_LAYERS_MAX = 4096 }; /* for the handle's array; the daemon has its own limit */
+
+static_assert((int)WINNOW_DTYPE_BF16 == (int)WINNOW__V1__DTYPE__DTYPE_BF16, "as on the wire");
+static_assert((int)WINNOW_DTYPE_FP16 == (int)WINNOW__V1__DTYPE__DTYPE_FP16, "as on the wire");
+static_assert((int)WINNOW_DTYPE_FP32 == (int)WINNOW__V1__DTYPE__DTYPE_FP32, "as on the wire");
+static_assert((int)WINNOW_BY_DEFAULT == (int)WINNOW__V1__POLICY__POLICY_UNSPECIFIED,
+              "as on the wire");
+static_assert((int)WINNOW_BY_CODES == (int)WINNOW__V1__POLICY__POLICY_CODES, "as on the wire");
+static_assert((int)WINNOW_BY_TACTIC == (int)WINNOW__V1__POLICY__POLICY_TACTIC, "as on the wire");
+static_assert((int)WINNOW_BY_MOMENT == (int)WINNOW__V1__POLICY__POLICY_MOMENT, "as on the wire");
+static_assert((int)WINNOW_BY_EXACT == (int)WINNOW__V1__POLICY__POLICY_EXACT, "as on the wire");
+static_assert(WINNOW_WIRE_LABEL_BYTES_MAX == 64, "what winnow.h allows");
+static_assert(WINNOW_WIRE_ID_BYTES <= 256, "getrandom(2) fills up to 256 bytes or fails");
+static_assert(sizeof(float) == 4, "lse is f32 on the wire");
+static_assert(sizeof(size_t) >= sizeof(uint64_t), "heads x width x dtype is a size_t");
 
 /* A control call of a session or, with session NULL, of a client: link, arena and status in one. */
 struct control {

@@ -5,9 +5,12 @@
 // step waited twice as long (265 us, 596 at 1 MiB), and smaller ones cost more calls than they save.
 #include <client/client.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <string.h>
 #include <sys/random.h>
+
+static_assert(WINNOW_WIRE_ID_BYTES == sizeof(((struct winnow_link *)0)->token), "sent whole");
 
 /* One bulk call of a session. */
 struct upload {
@@ -307,8 +310,9 @@ static uint32_t window_tokens(const struct upload *upload)
     const struct winnow_session *session = upload->session;
     size_t token_bytes = session->q_bytes + session->out_bytes + session->k_bytes +
                          session->v_bytes + session->lse_bytes;
-    const uint64_t padding_bytes = 5 * 64;
-    uint64_t n_tokens = (upload->link->window_bytes - padding_bytes) / token_bytes;
+    enum { PADDING_BYTES = 5 * 64 };
+    static_assert((int)PADDING_BYTES < (int)WINNOW_LIMIT_BYTES_MIN, "window_bytes is larger");
+    uint64_t n_tokens = (upload->link->window_bytes - PADDING_BYTES) / token_bytes;
     if (n_tokens > upload->link->window_tokens)
         n_tokens = upload->link->window_tokens;
     return n_tokens ? (uint32_t)n_tokens : 1;

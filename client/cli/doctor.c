@@ -2,6 +2,8 @@
 // cannot look (another user's process, no /proc). It changes nothing.
 #include <client/cli/cli.h>
 
+#include <assert.h>
+#include <base/assert.h>
 #include <client/error.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -16,7 +18,7 @@
 #include <winnow/winnow.h>
 
 enum level { LEVEL_OK, LEVEL_WARN, LEVEL_FAIL };
-enum { N_FINDINGS_MAX = 24 };
+enum { N_FINDINGS_MAX = 24, N_FINDINGS_OWN = 12 }; /* own: of the checks here */
 
 struct finding {
     enum level level;
@@ -31,11 +33,21 @@ struct doctor {
     const Winnow__V1__StatsReply *stats;
 };
 
+static_assert(N_FINDINGS_MAX >= N_FINDINGS_OWN + CLI_N_WARNINGS_MAX, "no finding is dropped");
+static_assert(sizeof((struct finding *)0)->text >= sizeof((struct cli_warning *)0)->text,
+              "a warning's text is told whole");
+static_assert(sizeof((struct finding *)0)->fix >= sizeof((struct cli_warning *)0)->hint,
+              "a warning's hint is told whole");
+
 static void found(struct doctor *doctor, enum level level, const char *check, const char *fix,
                   const char *format, ...) __attribute__((format(printf, 5, 6)));
 static void found(struct doctor *doctor, enum level level, const char *check, const char *fix,
                   const char *format, ...)
 {
+    winnow_assert(level <= LEVEL_FAIL);
+    winnow_assert(check);
+    winnow_assert(fix);
+    winnow_assert(doctor->n_findings <= N_FINDINGS_MAX);
     if (doctor->n_findings == N_FINDINGS_MAX)
         return;
     struct finding *finding = &doctor->finding[doctor->n_findings++];
@@ -51,6 +63,8 @@ static void found(struct doctor *doctor, enum level level, const char *check, co
 /* The number after `before` in a file of /proc or /sys; UINT64_MAX: not there, or no number. */
 static uint64_t read_number(const char *path, const char *before)
 {
+    winnow_assert(path);
+    winnow_assert(before);
     char line[256];
     uint64_t value = UINT64_MAX;
     FILE *file = fopen(path, "re");
@@ -81,6 +95,7 @@ static void check_version(struct doctor *doctor, const struct winnow_link *link)
 
 static void check_io(struct doctor *doctor)
 {
+    winnow_assert(doctor->stats);
     const Winnow__V1__StatsReply *s = doctor->stats;
     if (*s->io_remedy)
         found(doctor, LEVEL_WARN, "io_method", s->io_remedy, "disk I/O by %s, not io_uring",
@@ -104,6 +119,7 @@ static void check_io(struct doctor *doctor)
 /* Registered buffers count against RLIMIT_MEMLOCK; a pool above it falls back to plain reads. */
 static void check_memlock(struct doctor *doctor)
 {
+    winnow_assert(doctor->stats);
     char path[64], a[16], b[16];
     snprintf(path, sizeof path, "/proc/%d/limits", doctor->pid);
     uint64_t limit_bytes = doctor->pid ? read_number(path, "Max locked memory") : UINT64_MAX;
@@ -116,6 +132,7 @@ static void check_memlock(struct doctor *doctor)
 /* memory.max of the daemon's cgroup; UINT64_MAX: none, or not to be seen. */
 static uint64_t read_cgroup_bytes(int pid)
 {
+    winnow_assert(pid);
     char path[64], line[400] = "", file_path[512];
     snprintf(path, sizeof path, "/proc/%d/cgroup", pid);
     FILE *file = fopen(path, "re");
@@ -132,6 +149,7 @@ static uint64_t read_cgroup_bytes(int pid)
 
 static void check_memory(struct doctor *doctor)
 {
+    winnow_assert(doctor->stats);
     const Winnow__V1__StatsReply *s = doctor->stats;
     char a[16], b[16];
     uint64_t available_kib = read_number("/proc/meminfo", "MemAvailable:");
@@ -139,6 +157,7 @@ static void check_memory(struct doctor *doctor)
     uint64_t left_bytes = s->printed_bytes - s->rss_bytes;
     if (s->rss_bytes > s->printed_bytes)
         left_bytes = 0;
+    winnow_assert(left_bytes <= s->printed_bytes);
     if (s->rss_peak_bytes > s->printed_bytes)
         found(doctor, LEVEL_FAIL, "memory", "please report it: winnow status --json",
               "peak RSS %s is above the %s printed at start", cli_bytes(s->rss_peak_bytes, a),
@@ -159,6 +178,7 @@ static void check_memory(struct doctor *doctor)
 /* A file of the data directory that winnowd holds open: its largest regular one. */
 static bool find_data_file(int pid, char path[64])
 {
+    winnow_assert(pid);
     off_t size_bytes = 0;
     for (int fd = 0; fd < 256; fd++) {
         struct stat info;
@@ -174,6 +194,7 @@ static bool find_data_file(int pid, char path[64])
 
 static void check_disk(struct doctor *doctor)
 {
+    winnow_assert(doctor->stats);
     const Winnow__V1__StatsReply *s = doctor->stats;
     char path[64], a[16], b[16];
     struct statfs fs;
@@ -198,6 +219,7 @@ static void check_disk(struct doctor *doctor)
 
 static void check_state(struct doctor *doctor)
 {
+    winnow_assert(doctor->stats);
     struct cli_warning warning[CLI_N_WARNINGS_MAX];
     uint32_t n_warnings = cli_stats_warn(doctor->stats, warning);
     if (strcmp(doctor->stats->state, "ready"))
@@ -237,6 +259,8 @@ static void check_attach(struct doctor *doctor, const struct winnow_link *link)
 {
     double error;
     int rc = cli_probe(link->path, &error);
+    winnow_assert(rc <= 0);
+    winnow_assert(error >= 0);
     if (!rc)
         found(doctor, LEVEL_OK, "attach", "", "32 tokens attended, error %.1e", error);
     else if (rc == -EPROTO)
@@ -251,6 +275,8 @@ static void check_attach(struct doctor *doctor, const struct winnow_link *link)
 
 static int look(struct doctor *doctor, struct winnow_link *link, struct cli_stats *stats)
 {
+    winnow_assert(link->control);
+    winnow_assert(!doctor->n_findings);
     doctor->pid = winnow_channel_peer_pid(link->control);
     check_version(doctor, link);
     check_socket(doctor, link);
@@ -271,10 +297,14 @@ static void print_findings(const struct doctor *doctor, bool json)
 {
     static const char *const names[] = {"ok", "warn", "FAIL"};
     static const char *const json_names[] = {"ok", "warn", "fail"};
+    static_assert(sizeof names / sizeof *names == LEVEL_FAIL + 1, "a name for each level");
+    static_assert(sizeof json_names == sizeof names, "a name for each level");
+    winnow_assert(doctor->n_findings <= N_FINDINGS_MAX);
     if (json)
         fputs("{\"schema\": \"winnow.doctor/1\", \"checks\": [", stdout);
     for (uint32_t i = 0; i < doctor->n_findings; i++) {
         const struct finding *finding = &doctor->finding[i];
+        winnow_assert(finding->level <= LEVEL_FAIL);
         if (json) {
             printf("%s{\"check\": \"%s\", \"level\": \"%s\", \"text\": ", i ? ", " : "",
                    finding->check, json_names[finding->level]);
@@ -302,6 +332,8 @@ int cli_doctor(const struct cli_options *options)
     int rc = look(&doctor, link, &stats);
     if (rc < 0)
         found(&doctor, LEVEL_FAIL, "stats", "", "%s", winnow_error_text());
+    winnow_assert(doctor.n_findings > 0); /* the versions at least */
+    winnow_assert(rc < 0 || stats.reply);
     print_findings(&doctor, options->json);
     exit_status = CLI_OK;
     for (uint32_t i = 0; i < doctor.n_findings; i++)

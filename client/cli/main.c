@@ -1,12 +1,15 @@
 // Parses the command line and runs one command. One table makes parser and help.
 #include <client/cli/cli.h>
 
+#include <assert.h>
+#include <base/assert.h>
 #include <base/clock.h>
 #include <client/error.h>
 #include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sysexits.h>
 #include <winnow/winnow.h>
 
 #define CALL_NS (5 * WINNOW_NS_PER_S)
@@ -23,8 +26,13 @@ static const struct {
 };
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
 
+static_assert(CLI_USAGE == EX_USAGE, "what sysexits.h calls it");
+static_assert(CLI_NO_DAEMON == EX_UNAVAILABLE, "what sysexits.h calls it");
+static_assert(CLI_NOT_ALLOWED == EX_NOPERM, "what sysexits.h calls it");
+
 static int usage(FILE *file)
 {
+    winnow_assert(file == stdout || file == stderr);
     fputs("usage: winnow COMMAND [--socket PATH] [--json]\n\n", file);
     for (size_t i = 0; i < N_COMMANDS; i++)
         fprintf(file, "  %-8s %s\n", commands[i].name, commands[i].help);
@@ -40,6 +48,7 @@ static int usage(FILE *file)
 
 int cli_exit_of(int error)
 {
+    winnow_assert(error <= 0);
     switch (error) {
     case 0:
         return CLI_OK;
@@ -55,19 +64,26 @@ int cli_exit_of(int error)
 
 struct winnow_link *cli_link_open(const struct cli_options *options, int *ret_exit)
 {
+    winnow_assert(options);
+    winnow_assert(ret_exit);
     struct winnow_link *link = NULL;
     int rc = winnow_link_open(options->socket, false, winnow_clock_now_ns() + CALL_NS, &link);
     *ret_exit = cli_exit_of(rc);
     if (rc < 0)
         fprintf(stderr, "winnow: %s\n", winnow_error_text());
+    winnow_assert((link != NULL) == (*ret_exit == CLI_OK));
+    winnow_assert(!link || !link->lease_call); /* no lease: see cli.h */
     return link;
 }
 
 int cli_stats_get(struct winnow_link *link, struct cli_stats *stats)
 {
+    winnow_assert(link);
+    winnow_assert(stats);
+    winnow_assert(stats->arena || !stats->reply);
     Winnow__V1__StatsRequest request = WINNOW__V1__STATS_REQUEST__INIT;
     struct winnow_status status;
-    void *reply;
+    void *reply = NULL;
     if (!stats->arena && winnow_wire_arena_create(&stats->arena) < 0)
         return winnow_error_set(-ENOMEM, "out of memory");
     winnow_wire_arena_reset(stats->arena);
@@ -75,6 +91,7 @@ int cli_stats_get(struct winnow_link *link, struct cli_stats *stats)
                               stats->arena, winnow_clock_now_ns() + CALL_NS, &reply, &status);
     if (rc < 0)
         return rc;
+    winnow_assert(reply);
     stats->reply = reply;
     stats->at_ns = winnow_clock_now_ns();
     return 0;
@@ -82,6 +99,8 @@ int cli_stats_get(struct winnow_link *link, struct cli_stats *stats)
 
 void cli_stats_finish(struct cli_stats *stats)
 {
+    winnow_assert(stats);
+    winnow_assert(stats->arena || !stats->reply);
     winnow_wire_arena_destroy(stats->arena);
     *stats = (struct cli_stats){0};
 }
@@ -101,6 +120,7 @@ int cli_ping(const struct cli_options *options)
         int64_t took_ns = winnow_clock_now_ns() - begin_ns;
         best_ns = took_ns < best_ns ? took_ns : best_ns;
     }
+    winnow_assert(rc < 0 || best_ns < WINNOW_NEVER_NS);
     double best_us = (double)best_ns / (double)WINNOW_NS_PER_US;
     if (rc < 0)
         fprintf(stderr, "winnow: %s\n", winnow_error_text());
@@ -118,6 +138,7 @@ int cli_version(const struct cli_options *options)
 {
     struct winnow_link *link = NULL;
     int rc = winnow_link_open(options->socket, false, winnow_clock_now_ns() + CALL_NS, &link);
+    winnow_assert((link != NULL) == (rc == 0));
     const char *daemon_build = link ? link->build : NULL;
     if (options->json) {
         printf(
@@ -142,6 +163,8 @@ int cli_version(const struct cli_options *options)
 /* The value of --name VALUE or --name=VALUE at argv[*at]; NULL: another argument. */
 static const char *option_value(const char *name, int argc, char **argv, int *at)
 {
+    winnow_assert(*at > 0);
+    winnow_assert(*at < argc);
     size_t n_bytes = strlen(name);
     if (strncmp(argv[*at], name, n_bytes))
         return NULL;
@@ -167,6 +190,7 @@ static bool parse(int argc, char **argv, struct cli_options *options)
             fprintf(stderr, "winnow: unrecognized argument \"%s\"\n", argv[i]);
             return false;
         }
+        winnow_assert(i < argc); /* an option's value was there */
     }
     return true;
 }
@@ -186,6 +210,7 @@ int main(int argc, char **argv)
         if (options.watch && commands[i].run != cli_status)
             break;
         int exit_status = commands[i].run(&options);
+        winnow_assert(exit_status != CLI_USAGE); /* words are judged here alone */
         return fflush(stdout) == EOF || ferror(stdout) ? CLI_OK : exit_status;
     }
     if (options.command)

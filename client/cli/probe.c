@@ -2,6 +2,8 @@
 // build whose kernels are wrong on this processor is told by this, and by nothing else here.
 #include <client/cli/cli.h>
 
+#include <assert.h>
+#include <base/assert.h>
 #include <base/clock.h>
 #include <errno.h>
 #include <math.h>
@@ -15,6 +17,13 @@ struct probe {
     float q[N_TOKENS][N_Q_HEADS][WIDTH], k[N_TOKENS][WIDTH], v[N_TOKENS][WIDTH];
     float out[N_TOKENS][N_Q_HEADS][WIDTH];
 };
+
+static_assert(WIDTH == 8 * 8, "softmax_scale, 1 / 8, is 1 / sqrt(WIDTH)");
+static_assert(N_TOKENS % 16 == 0, "whole blocks, so that none but sealed ones are read");
+static_assert(N_TOKENS > 16, "more than one block");
+static_assert(N_Q_HEADS > 1, "query heads share a KV head");
+static_assert(sizeof(struct probe) == sizeof(float) * N_TOKENS * WIDTH * (2 * N_Q_HEADS + 2),
+              "tensors are contiguous");
 
 static void pattern_fill(struct probe *probe)
 {
@@ -30,6 +39,8 @@ static void pattern_fill(struct probe *probe)
 /* The largest error of a row, over the largest value there is. */
 static double row_error(const struct probe *probe, int t, int h)
 {
+    winnow_assert(t >= 0 && t < N_TOKENS);
+    winnow_assert(h >= 0 && h < N_Q_HEADS);
     double weight[N_TOKENS], sum = 0, error = 0;
     for (int s = 0; s <= t; s++) {
         double dot = 0;
@@ -38,6 +49,8 @@ static double row_error(const struct probe *probe, int t, int h)
         weight[s] = exp(dot / sqrt(WIDTH));
         sum += weight[s];
     }
+    winnow_assert(isfinite(sum));
+    winnow_assert(sum > 0);
     for (int i = 0; i < WIDTH; i++) {
         double out = 0;
         for (int s = 0; s <= t; s++)
@@ -46,11 +59,14 @@ static double row_error(const struct probe *probe, int t, int h)
         if (isnan(probe->out[t][h][i]))
             return INFINITY;
     }
+    winnow_assert(error >= 0);
     return error;
 }
 
 int cli_probe(const char *path, double *ret_error)
 {
+    winnow_assert(path);
+    winnow_assert(ret_error);
     static struct probe probe;
     winnow_client_options client_options = WINNOW_CLIENT_OPTIONS;
     winnow_session_options options = WINNOW_SESSION_OPTIONS;
@@ -71,6 +87,8 @@ int cli_probe(const char *path, double *ret_error)
     int rc = winnow_client_open(&client_options, &client);
     if (!rc)
         rc = winnow_session_open(client, &options, &session, deadline_ns);
+    winnow_assert((session != NULL) == (rc == 0));
+    winnow_assert(client || !session);
     if (!rc)
         rc = winnow_attend_exact(session, 0, 0, N_TOKENS, probe.q, probe.k, probe.v, probe.out,
                                  NULL, NULL, deadline_ns);

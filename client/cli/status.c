@@ -1,6 +1,8 @@
 // What a running winnowd looks like: state first, warnings last; --json is the contract.
 #include <client/cli/cli.h>
 
+#include <assert.h>
+#include <base/assert.h>
 #include <base/clock.h>
 #include <client/error.h>
 #include <errno.h>
@@ -14,19 +16,29 @@
 
 enum { WATCH_MS = 1000, N_ROWS_A_HEAD = 20, BAR_WIDTH = 21, COLUMNS_FOR_BAR = 60, SLOW_US = 50000 };
 
+static_assert(BAR_WIDTH + 2 < COLUMNS_FOR_BAR, "a bar and its brackets fit the narrowest terminal");
+static_assert(WATCH_MS > 0, "watching waits between answers");
+static_assert(CLI_N_WARNINGS_MAX >= 11, "room for each warning of cli_stats_warn");
+
 const char *cli_bytes(uint64_t n_bytes, char text[16])
 {
     static const char *const units[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB"};
+    winnow_assert(text);
     double value = (double)n_bytes;
     size_t unit = 0;
     for (; value >= 1000 && unit + 1 < sizeof units / sizeof *units; unit++)
         value /= 1024;
-    snprintf(text, 16, unit && value < 100 ? "%.1f %s" : "%.0f %s", value, units[unit]);
+    winnow_assert(unit < sizeof units / sizeof *units);
+    int n_chars =
+        snprintf(text, 16, unit && value < 100 ? "%.1f %s" : "%.0f %s", value, units[unit]);
+    winnow_assert(n_chars > 0);
+    winnow_assert(n_chars < 16);
     return text;
 }
 
 const char *cli_duration(uint64_t n_s, char text[48])
 {
+    winnow_assert(text);
     uint64_t n_min = n_s / 60, n_h = n_min / 60, n_d = n_h / 24;
     if (n_d)
         snprintf(text, 48, "%" PRIu64 " d %" PRIu64 " h", n_d, n_h % 24);
@@ -36,6 +48,7 @@ const char *cli_duration(uint64_t n_s, char text[48])
         snprintf(text, 48, "%" PRIu64 " min", n_min);
     else
         snprintf(text, 48, "%" PRIu64 " s", n_s);
+    winnow_assert(text[0] >= '0' && text[0] <= '9');
     return text;
 }
 
@@ -54,6 +67,9 @@ static void warn(struct cli_warning *warning, uint32_t *n_warnings, const char *
 static void warn(struct cli_warning *warning, uint32_t *n_warnings, const char *reason,
                  const char *hint, const char *format, ...)
 {
+    winnow_assert(reason);
+    winnow_assert(hint);
+    winnow_assert(*n_warnings <= CLI_N_WARNINGS_MAX);
     if (*n_warnings == CLI_N_WARNINGS_MAX)
         return;
     struct cli_warning *one = &warning[(*n_warnings)++];
@@ -68,6 +84,8 @@ static void warn(struct cli_warning *warning, uint32_t *n_warnings, const char *
 uint32_t cli_stats_warn(const Winnow__V1__StatsReply *s,
                         struct cli_warning warning[CLI_N_WARNINGS_MAX])
 {
+    winnow_assert(s);
+    winnow_assert(warning);
     char a[16], b[16];
     uint32_t n = 0;
     if (strcmp(s->state, "ready"))
@@ -101,6 +119,7 @@ uint32_t cli_stats_warn(const Winnow__V1__StatsReply *s,
     if (s->printed_bytes && s->rss_peak_bytes > s->printed_bytes)
         warn(warning, &n, "memory", "please report it", "peak RSS %s is above the printed %s",
              cli_bytes(s->rss_peak_bytes, a), cli_bytes(s->printed_bytes, b));
+    winnow_assert(n <= CLI_N_WARNINGS_MAX);
     return n;
 }
 
@@ -205,6 +224,8 @@ static void print_row_head(void)
 
 static void print_json(const struct winnow_link *link, const Winnow__V1__StatsReply *s)
 {
+    winnow_assert(link->control);
+    winnow_assert(s);
     struct cli_warning warning[CLI_N_WARNINGS_MAX];
     printf("{\"schema\": \"winnow.status/1\", \"winnowd\": ");
     cli_json_string(stdout, link->build);
@@ -222,6 +243,9 @@ enum look { LOOK_JSON, LOOK_SCREEN, LOOK_ROWS };
 static void show(enum look look, const struct winnow_link *link, const struct cli_stats *now,
                  const struct cli_stats *before, uint64_t n_shown)
 {
+    winnow_assert(now != before);
+    winnow_assert(now->reply);
+    winnow_assert(before->reply || n_shown == 0);
     switch (look) {
     case LOOK_JSON:
         print_json(link, now->reply);
@@ -243,6 +267,8 @@ static void show(enum look look, const struct winnow_link *link, const struct cl
 /* Until the daemon or the reader goes. Two answers are kept, each in its own arena. */
 static int watch(struct winnow_link *link, enum look look)
 {
+    winnow_assert(link);
+    winnow_assert(look <= LOOK_ROWS);
     struct cli_stats stats[2] = {{0}, {0}};
     int rc = 0;
     for (uint64_t n_shown = 0; !rc && !ferror(stdout); n_shown++) {
@@ -291,6 +317,7 @@ int cli_status(const struct cli_options *options)
     } else {
         print_status(link, stats.reply, terminal_is_wide());
     }
+    winnow_assert((rc == 0) == (stats.reply != NULL));
     exit_status = cli_exit_of(rc);
     if (!rc && strcmp(stats.reply->state, "ready"))
         exit_status = CLI_UNHEALTHY;

@@ -1,3 +1,5 @@
+#include <assert.h>
+#include <base/assert.h>
 #include <ctype.h>
 #include <daemon/config.h>
 #include <errno.h>
@@ -18,8 +20,14 @@ struct reader {
     struct winnow_complaints *complaints;
 };
 
+static_assert(sizeof "default" <= sizeof((struct winnow_origins *)0)->text[0], "fits");
+static_assert(sizeof "/run/winnow/winnow.sock" <= WINNOW_SOCKET_BYTES, "fits a UNIX socket");
+static_assert(sizeof((struct winnow_config *)0)->socket == WINNOW_PATH_BYTES, "a PATH's size");
+static_assert(WINNOW_SOCKET_BYTES < WINNOW_PATH_BYTES, "a name too long is told, not cut");
+
 void winnow_complain(struct winnow_complaints *complaints, const char *format, ...)
 {
+    winnow_assert(complaints->n_bytes < sizeof complaints->text);
     size_t n_left = sizeof complaints->text - complaints->n_bytes;
     va_list args;
     va_start(args, format);
@@ -30,12 +38,15 @@ void winnow_complain(struct winnow_complaints *complaints, const char *format, .
         return; /* counted, but there is no room to say it */
     complaints->n_bytes += (size_t)n;
     complaints->text[complaints->n_bytes++] = '\n';
+    winnow_assert(complaints->n_bytes < sizeof complaints->text);
     complaints->text[complaints->n_bytes] = 0;
 }
 
 static void set(struct reader *reader, const struct winnow_option *option, const char *value,
                 const char *origin)
 {
+    winnow_assert(option >= winnow_options);
+    winnow_assert(option < winnow_options + WINNOW_N_OPTIONS);
     char text[160];
     if (winnow_option_set(option, value, reader->config, text) < 0)
         winnow_complain(reader->complaints, "%s \"%s\" %s. from: %s", option->name, value, text,
@@ -100,6 +111,7 @@ static void read_file(struct reader *reader, const char *path)
     }
     const char *slash = strrchr(path, '/');
     char line[2048], origin[48];
+    static_assert(sizeof line > WINNOW_PATH_BYTES + 64, "a key and the longest path");
     for (uint32_t line_no = 1; fgets(line, sizeof line, file); line_no++) {
         snprintf(origin, sizeof origin, "%.32s:%u", slash ? slash + 1 : path, line_no);
         if (!strchr(line, '\n') && !feof(file)) { /* or a NUL is in it: no text of ours */
@@ -209,6 +221,7 @@ static bool find_verb(const char *flag, enum winnow_verb *ret_verb)
 /* A flag's name as it is typed. */
 static const char *dashed(const char *name, char text[64])
 {
+    winnow_assert(strlen(name) + 2 < 64);
     snprintf(text, 64, "--%s", name);
     for (char *c = text; *c; c++)
         *c = *c == '_' ? '-' : *c;
@@ -220,6 +233,7 @@ static const char *dashed(const char *name, char text[64])
 static int read_flag(char **argv, int argc, int *i, struct reader *reader, bool is_first_pass,
                      const char **ret_file)
 {
+    winnow_assert(*i < argc);
     const char *flag = argv[*i];
     char name[60];
     if (strncmp(flag, "--", 2)) {
@@ -302,6 +316,7 @@ int winnow_config_read(int argc, char **argv, char **environment, struct winnow_
 
 const char *winnow_origin(const struct winnow_origins *origins, size_t offset)
 {
+    winnow_assert(offset < sizeof(struct winnow_config));
     for (uint32_t i = 0; i < WINNOW_N_OPTIONS; i++)
         if (winnow_options[i].offset == offset)
             return origins->text[i];

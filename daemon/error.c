@@ -1,3 +1,4 @@
+#include <base/assert.h>
 #include <daemon/error.h>
 #include <errno.h>
 #include <stddef.h>
@@ -28,6 +29,7 @@ static const struct {
 
 enum winnow_code winnow_error_code(int error)
 {
+    winnow_assert(error <= 0);
     for (size_t i = 0; i < sizeof table / sizeof *table; i++)
         if (table[i].error == -error)
             return table[i].code;

@@ -1,3 +1,4 @@
+#include <base/assert.h>
 #include <base/clock.h>
 #include <base/log.h>
 #include <daemon/journal.h>
@@ -18,6 +19,7 @@ void winnow_journal_init(struct winnow_journal *journal, int64_t now_ns)
 
 void winnow_journal_step(struct winnow_journal *journal, uint32_t layer, int64_t took_ns)
 {
+    winnow_assert(took_ns >= 0);
     winnow_latency_add(&journal->steps, took_ns);
     journal->n_tokens += layer == 0;
 }
@@ -42,17 +44,23 @@ void winnow_journal_disk(struct winnow_journal *journal, const struct winnow_sto
 
 int64_t winnow_journal_step_ns(const struct winnow_journal *journal, double share)
 {
+    winnow_assert(share > 0);
+    winnow_assert(share <= 1);
     return winnow_latency_quantile(&journal->last.steps, &journal->before.steps, share);
 }
 
 int64_t winnow_journal_read_ns(const struct winnow_journal *journal, double share)
 {
+    winnow_assert(share > 0);
+    winnow_assert(share <= 1);
     return winnow_latency_quantile(&journal->last.reads, &journal->before.reads, share);
 }
 
 double winnow_journal_tokens_per_s(const struct winnow_journal *journal)
 {
     const struct winnow_stretch *last = &journal->last;
+    winnow_assert(last->took_ns >= 0);
+    winnow_assert(last->n_tokens >= journal->before.n_tokens);
     return last->took_ns ? (double)(last->n_tokens - journal->before.n_tokens) *
                                (double)WINNOW_NS_PER_S / (double)last->took_ns
                          : 0;
@@ -71,6 +79,9 @@ void winnow_journal_stretch(struct winnow_journal *journal, const struct winnow_
                                     .steps = journal->steps,
                                     .reads = *reads,
                                     .n_tokens = journal->n_tokens};
+    winnow_assert(last->took_ns >= stretch_ns);
+    winnow_assert(last->begun_ns >= journal->before.begun_ns);
+    winnow_assert(last->n_tokens >= journal->before.n_tokens);
     int64_t p99_ns = winnow_journal_read_ns(journal, 0.99);
     uint64_t n_reads = winnow_latency_count(reads, &journal->before.reads);
     if (n_reads >= N_READS_LEAST && p99_ns > slow_ns)
@@ -86,6 +97,8 @@ bool winnow_journal_hour_ends(struct winnow_journal *journal, int64_t now_ns)
         journal->hour_ns += hour_ns;
         journal->n_hours++;
     }
+    winnow_assert(journal->n_hours);
+    winnow_assert(journal->hour_ns - now_ns <= hour_ns);
     return true;
 }
 
@@ -112,6 +125,7 @@ static const char *count_text(uint64_t n, char text[24])
 bool winnow_journal_hour(struct winnow_journal *journal, const struct winnow_core_stats *stats,
                          char text[192])
 {
+    winnow_assert(journal->n_hours);
     const struct winnow_core_stats *before = &journal->summed_up;
     uint64_t n_refused = 0, n_steps = stats->n_exact_windows - before->n_exact_windows;
     for (size_t i = 0; i < sizeof stats->n_errors / sizeof *stats->n_errors; i++)

@@ -1,3 +1,5 @@
+#include <assert.h>
+#include <base/assert.h>
 #include <core/core.h>
 #include <daemon/limits.h>
 #include <errno.h>
@@ -20,8 +22,11 @@
 /* The rest of the store: ring, tables, the stacks of up to 34 threads. */
 #define IO_BYTES MIB
 
+static_assert(sizeof((struct winnow_config *)0)->data_dir == WINNOW_PATH_BYTES, "the probe's copy");
+
 static uint64_t clamp(uint64_t value, uint64_t least, uint64_t most)
 {
+    winnow_assert(least <= most);
     return value < least ? least : value > most ? most : value;
 }
 
@@ -145,6 +150,13 @@ void winnow_limits_plan(const struct winnow_config *config, const struct winnow_
         IO_BYTES + WINNOW_STORE_REQUESTS * IO_REQUEST_BYTES + (uint64_t)limits->n_segments_max * 64;
     limits->rpc_bytes = (uint64_t)limits->n_calls_max * CALL_BYTES;
 
+    winnow_assert(limits->window_bytes <= limits->in_flight_bytes);
+    winnow_assert(limits->n_posted <= limits->n_calls_reserved);
+    winnow_assert(limits->n_calls_reserved < limits->n_calls_max);
+    winnow_assert(limits->n_steps_max <= limits->n_items_max);
+    winnow_assert(limits->n_clients_max < limits->n_calls_max);
+    winnow_assert(limits->n_threads);
+
     char value[24], limit[24], fits[24];
     if (limits->disk_cap_bytes > machine->disk_free_bytes && machine->disk_bytes)
         winnow_complain(
@@ -182,6 +194,7 @@ void winnow_limits_check_sum(const struct winnow_limits *limits,
     bool is_cgroup = machine->cgroup_bytes < machine->memory_available_bytes;
     uint64_t most = is_cgroup ? machine->cgroup_bytes : machine->memory_available_bytes;
     uint64_t sum = winnow_limits_sum_bytes(limits);
+    winnow_assert(sum >= limits->in_flight_bytes);
     if (sum <= most)
         return;
     /* index_memory by default is half of the pool; one that was given stays as it is. */
@@ -191,6 +204,7 @@ void winnow_limits_check_sum(const struct winnow_limits *limits,
     uint64_t room = most / 11 * 10 > fixed ? most / 11 * 10 - fixed : 0;
     uint64_t fits = is_index_given ? room : room / 3 * 2;
     fits &= ~(fits > GIB ? 64 * MIB - 1 : MIB - 1);
+    winnow_assert(fits <= most);
     char pool[24], index[24], all[24], limit[24], hint[24];
     winnow_complain(complaints,
                     "host_pool %s and index_memory %s need %s with all else, this %s %s. from: "

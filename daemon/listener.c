@@ -3,6 +3,7 @@
 // gRPC owns an accepted socket and closes it when it likes, so this file keeps a duplicate to shut
 // down and to hear the end by. A connection's record has two watched descriptors, the duplicate and
 // the peer's pidfd, under one generation-checked handle: whichever fires first ends both.
+#include <assert.h>
 #include <base/alloc.h>
 #include <base/assert.h>
 #include <base/log.h>
@@ -41,9 +42,13 @@ struct winnow_listener {
     struct winnow_pool *connections;
 };
 
+static_assert(sizeof((struct sockaddr_un *)0)->sun_path == WINNOW_SOCKET_BYTES, "Linux's");
+static_assert(sizeof ".lock" <= 8, "lock_path has room for it");
+
 static int fail(char text[256], const char *what, const char *path)
 {
     int error = errno;
+    winnow_assert(error > 0);
     snprintf(text, 256, "cannot %s %.160s: %s", what, path, strerror(error));
     return -error;
 }
@@ -64,6 +69,7 @@ static int make_directory(const char *path, char text[256])
 /* The file that is locked must still be the one at the path: its last holder removes it. */
 static int take_lock(struct winnow_listener *listener, char text[256])
 {
+    winnow_assert(listener->lock_fd < 0);
     for (;;) {
         struct stat held, named;
         int fd = open(listener->lock_path, O_CREAT | O_RDWR | O_CLOEXEC | O_NOFOLLOW, 0600);
@@ -86,6 +92,9 @@ static int take_lock(struct winnow_listener *listener, char text[256])
 
 static int bind_socket(struct winnow_listener *listener, char text[256])
 {
+    winnow_assert(listener->lock_fd >= 0);
+    winnow_assert(listener->listen_fd < 0);
+    winnow_assert(!listener->is_bound);
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     const char *path = listener->options.path;
     int n = snprintf(address.sun_path, sizeof address.sun_path, "%s.new", path);
@@ -111,6 +120,7 @@ static int bind_socket(struct winnow_listener *listener, char text[256])
 
 static int watch(struct winnow_listener *listener, int fd, uint32_t events, uint64_t handle)
 {
+    winnow_assert(fd >= 0);
     struct epoll_event event = {.events = events, .data.u64 = handle};
     return epoll_ctl(listener->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0 ? -errno : 0;
 }
@@ -118,6 +128,12 @@ static int watch(struct winnow_listener *listener, int fd, uint32_t events, uint
 int winnow_listener_open(const struct winnow_listener_options *options,
                          struct winnow_listener **ret_listener, char text[256])
 {
+    winnow_assert(options->path);
+    winnow_assert(options->uids);
+    winnow_assert(options->uids->n <= WINNOW_N_UIDS_MAX);
+    winnow_assert(options->n_connections_max);
+    winnow_assert(options->signal_fd >= 0);
+    winnow_assert(options->accepted);
     struct winnow_listener *listener = winnow_alloc(sizeof *listener);
     snprintf(text, 256, "no memory for the listener");
     if (!listener)
@@ -144,6 +160,7 @@ int winnow_listener_open(const struct winnow_listener_options *options,
         winnow_listener_close(listener);
         return rc;
     }
+    winnow_assert(listener->is_bound);
     *ret_listener = listener;
     return 0;
 }
@@ -159,6 +176,7 @@ static void connection_end(struct winnow_listener *listener, struct connection *
 
 static bool is_allowed(const struct winnow_listener *listener, int fd, struct ucred *peer)
 {
+    winnow_assert(listener->options.uids->n <= WINNOW_N_UIDS_MAX);
     socklen_t n_bytes = sizeof *peer;
     if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, peer, &n_bytes) < 0)
         return false;
@@ -183,12 +201,15 @@ static int peer_pidfd(int fd, pid_t pid)
 /* Watches a connection by its duplicate and its peer's pidfd; false: there is no room for it. */
 static bool connection_begin(struct winnow_listener *listener, int fd, pid_t pid)
 {
+    winnow_assert(fd >= 0);
     struct connection *connection = winnow_pool_take(listener->connections);
     if (!connection)
         return false;
     connection->pid_fd = peer_pidfd(fd, pid);
     connection->socket_fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
     uint64_t handle = winnow_pool_handle(listener->connections, connection);
+    winnow_assert(handle != HANDLE_LISTEN);
+    winnow_assert(handle != HANDLE_SIGNAL);
     if (connection->socket_fd < 0 ||
         watch(listener, connection->socket_fd, EPOLLRDHUP, handle) < 0 ||
         (connection->pid_fd >= 0 && watch(listener, connection->pid_fd, EPOLLIN, handle) < 0)) {
@@ -200,6 +221,7 @@ static bool connection_begin(struct winnow_listener *listener, int fd, pid_t pid
 
 static void take_connection(struct winnow_listener *listener, int fd)
 {
+    winnow_assert(fd >= 0);
     struct ucred peer;
     int n_bytes = SEND_BYTES;
     setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &n_bytes, sizeof n_bytes);
@@ -216,6 +238,7 @@ static void take_connection(struct winnow_listener *listener, int fd)
 
 static void accept_some(struct winnow_listener *listener)
 {
+    winnow_assert(listener->listen_fd >= 0);
     for (uint32_t i = 0; i < N_BACKLOG; i++) {
         int fd = accept4(listener->listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
         if (fd >= 0) {
@@ -235,6 +258,8 @@ static void accept_some(struct winnow_listener *listener)
 
 int winnow_listener_run(struct winnow_listener *listener)
 {
+    winnow_assert(listener->is_bound);
+    winnow_assert(listener->epoll_fd >= 0);
     for (;;) {
         struct epoll_event event[32];
         int n = epoll_wait(listener->epoll_fd, event, 32, -1);
@@ -274,6 +299,7 @@ void winnow_listener_close(struct winnow_listener *listener)
         struct connection *connection = winnow_pool_at(listener->connections, i);
         if (!connection)
             continue;
+        winnow_assert(connection->socket_fd >= 0);
         close(connection->socket_fd);
         close_fd(connection->pid_fd);
     }

@@ -1,3 +1,5 @@
+#include <assert.h>
+#include <base/assert.h>
 #include <ctype.h>
 #include <daemon/options.h>
 #include <errno.h>
@@ -9,6 +11,11 @@
 #define KIB        (UINT64_C(1) << 10)
 #define MIB        (UINT64_C(1) << 20)
 #define GIB        (UINT64_C(1) << 30)
+
+static_assert(sizeof((struct winnow_config *)0)->policy == WINNOW_WORD_BYTES, "a WORD's size");
+static_assert(sizeof((struct winnow_config *)0)->kernels == WINNOW_WORD_BYTES, "a WORD's size");
+static_assert(sizeof((struct winnow_config *)0)->gpu == WINNOW_WORD_BYTES, "a WORD's size");
+static_assert(sizeof((struct winnow_config *)0)->io_method == WINNOW_WORD_BYTES, "a WORD's size");
 
 /* Most asked first: the order of --help and of the example file. */
 const struct winnow_option winnow_options[WINNOW_N_OPTIONS] = {
@@ -90,6 +97,7 @@ static uint32_t edits(const char *a, const char *b)
             row[j] = replace < other ? replace : other;
         }
     }
+    winnow_assert(row[n_b] <= N);
     return row[n_b];
 }
 
@@ -128,6 +136,7 @@ int winnow_size_parse(const char *text, uint64_t *ret_bytes)
     }
     if (*end == 'B')
         end++;
+    winnow_assert(shift <= 40);
     if (*end || n > UINT64_MAX >> shift)
         return -EINVAL;
     *ret_bytes = n << shift;
@@ -207,6 +216,7 @@ static int parse_uids(const char *value, struct winnow_uids *uids)
 int winnow_option_set(const struct winnow_option *option, const char *value,
                       struct winnow_config *config, char text[160])
 {
+    winnow_assert(option->offset < sizeof *config);
     void *member = (char *)config + option->offset;
     uint64_t number;
     struct winnow_uids uids;
@@ -216,15 +226,19 @@ int winnow_option_set(const struct winnow_option *option, const char *value,
         snprintf(text, 160, "is empty or longer than %d bytes", WINNOW_PATH_BYTES - 1);
         if (!*value || strlen(value) >= WINNOW_PATH_BYTES)
             return -EINVAL;
+        winnow_assert(option->offset + WINNOW_PATH_BYTES <= sizeof *config);
         strcpy(member, value);
         return 0;
     case WINNOW_OPTION_SIZE:
         rc = set_number(option, value, &number, text);
+        winnow_assert(option->offset % sizeof number == 0);
         if (!rc)
             *(uint64_t *)member = number;
         return rc;
     case WINNOW_OPTION_COUNT:
         rc = set_number(option, value, &number, text);
+        winnow_assert(option->max <= UINT32_MAX);
+        winnow_assert(option->offset % sizeof(uint32_t) == 0);
         if (!rc)
             *(uint32_t *)member = (uint32_t)number;
         return rc;
@@ -238,9 +252,11 @@ int winnow_option_set(const struct winnow_option *option, const char *value,
         return 0;
     }
     case WINNOW_OPTION_WORD:
+        winnow_assert(option->words);
         snprintf(text, 160, "is none of: %s", option->words);
         if (strchr(value, ' ') || !has_word(option->words, value))
             return -EINVAL;
+        winnow_assert(strlen(value) < WINNOW_WORD_BYTES);
         strcpy(member, value);
         return 0;
     case WINNOW_OPTION_UIDS:

@@ -1,3 +1,4 @@
+#include <assert.h>
 #include <base/alloc.h>
 #include <base/assert.h>
 #include <base/pool.h>
@@ -18,9 +19,16 @@ struct winnow_registry {
     struct winnow_model model[N_MODELS_MAX];
 };
 
+static_assert(sizeof((struct winnow_lease *)0)->token == 16, "the wire's tokens");
+static_assert(sizeof((struct winnow_registry_session *)0)->request_id == 16, "the wire's ids");
+static_assert(sizeof((struct winnow_registry_session *)0)->fingerprint == 32, "a SHA-256");
+
 int winnow_registry_create(uint32_t n_leases_max, uint32_t n_sessions_max,
                            struct winnow_registry **ret_registry)
 {
+    winnow_assert(n_leases_max);
+    winnow_assert(n_sessions_max);
+    winnow_assert(n_sessions_max <= 1U << 31);
     struct winnow_registry *registry = winnow_alloc(sizeof *registry);
     if (!registry)
         return -ENOMEM;
@@ -36,6 +44,8 @@ int winnow_registry_create(uint32_t n_leases_max, uint32_t n_sessions_max,
         winnow_registry_destroy(registry);
         return -ENOMEM;
     }
+    winnow_assert((registry->n_buckets & (registry->n_buckets - 1)) == 0);
+    winnow_assert(registry->n_buckets >= n_sessions_max);
     *ret_registry = registry;
     return 0;
 }
@@ -60,11 +70,15 @@ struct winnow_lease *winnow_lease_take(struct winnow_registry *registry)
         return NULL;
     *lease = (struct winnow_lease){.id = ++registry->last_lease_id};
     memcpy(lease->token, token, sizeof token);
+    winnow_assert(lease->id);
     return lease;
 }
 
 void winnow_lease_give(struct winnow_registry *registry, struct winnow_lease *lease)
 {
+    winnow_assert(lease->id);
+    winnow_assert(lease->id <= registry->last_lease_id);
+    winnow_assert(lease->n_sessions <= winnow_pool_used(registry->sessions));
     uint32_t n_places = winnow_pool_size(registry->sessions);
     for (uint32_t i = 0; i < n_places && lease->n_sessions; i++) {
         struct winnow_registry_session *session = winnow_pool_at(registry->sessions, i);
@@ -78,6 +92,7 @@ void winnow_lease_give(struct winnow_registry *registry, struct winnow_lease *le
 struct winnow_lease *winnow_lease_find(struct winnow_registry *registry, const void *token,
                                        size_t n_bytes)
 {
+    winnow_assert(token || !n_bytes);
     if (n_bytes != sizeof((struct winnow_lease *)0)->token)
         return NULL;
     for (uint32_t i = 0; i < winnow_pool_size(registry->leases); i++) {
@@ -90,6 +105,7 @@ struct winnow_lease *winnow_lease_find(struct winnow_registry *registry, const v
 
 struct winnow_lease *winnow_lease_of_id(struct winnow_registry *registry, uint64_t id)
 {
+    winnow_assert(id <= registry->last_lease_id);
     for (uint32_t i = 0; i < winnow_pool_size(registry->leases); i++) {
         struct winnow_lease *lease = winnow_pool_at(registry->leases, i);
         if (lease && lease->id == id)
@@ -125,6 +141,7 @@ struct winnow_model *winnow_model_take(struct winnow_registry *registry,
     }
     if (oldest)
         *oldest = (struct winnow_model){.number = ++registry->last_model_number, .shape = *shape};
+    winnow_assert(!oldest || !oldest->n_sessions);
     return oldest;
 }
 
@@ -138,6 +155,7 @@ struct winnow_model *winnow_model_find(struct winnow_registry *registry, uint32_
 
 static struct winnow_registry_session **bucket_of(struct winnow_registry *registry, uint64_t id)
 {
+    winnow_assert(registry->n_buckets);
     return &registry->bucket[id & (registry->n_buckets - 1)];
 }
 
@@ -145,6 +163,8 @@ struct winnow_registry_session *winnow_registry_session_add(struct winnow_regist
                                                             uint64_t id, struct winnow_lease *lease,
                                                             struct winnow_model *model)
 {
+    winnow_assert(lease->id);
+    winnow_assert(model->number);
     struct winnow_registry_session *session = winnow_pool_take(registry->sessions);
     if (!session)
         return NULL;
@@ -154,15 +174,21 @@ struct winnow_registry_session *winnow_registry_session_add(struct winnow_regist
     *bucket = session;
     lease->n_sessions++;
     model->n_sessions++;
+    winnow_assert(lease->n_sessions <= winnow_pool_used(registry->sessions));
+    winnow_assert(model->n_sessions);
     return session;
 }
 
 void winnow_registry_session_drop(struct winnow_registry *registry,
                                   struct winnow_registry_session *session)
 {
+    winnow_assert(session->lease->n_sessions);
+    winnow_assert(session->model->n_sessions);
     struct winnow_registry_session **link = bucket_of(registry, session->id);
-    while (*link != session)
+    while (*link != session) {
+        winnow_assert(*link);
         link = &(*link)->next;
+    }
     *link = session->next;
     session->lease->n_sessions--;
     session->model->n_sessions--;
@@ -183,6 +209,8 @@ struct winnow_registry_session *winnow_registry_session_of_request(struct winnow
                                                                    const struct winnow_lease *lease,
                                                                    const uint8_t request_id[16])
 {
+    winnow_assert(lease->id);
+    winnow_assert(request_id);
     for (uint32_t i = 0; i < winnow_pool_size(registry->sessions); i++) {
         struct winnow_registry_session *session = winnow_pool_at(registry->sessions, i);
         if (session && session->lease == lease && !memcmp(session->request_id, request_id, 16))
@@ -194,6 +222,7 @@ struct winnow_registry_session *winnow_registry_session_of_request(struct winnow
 struct winnow_registry_session *winnow_registry_session_at(struct winnow_registry *registry,
                                                            uint32_t idx)
 {
+    winnow_assert(idx < winnow_pool_size(registry->sessions));
     return winnow_pool_at(registry->sessions, idx);
 }
 

@@ -5,6 +5,7 @@
 //
 // The probe is a read that somebody asked for. One of the store's own would keep idle disks busy,
 // and if it never came back would take its buffer, and every later probe, with it.
+#include <assert.h>
 #include <base/assert.h>
 #include <base/clock.h>
 #include <storage/breaker.h>
@@ -14,6 +15,8 @@ static const int64_t held_least_ns = 500 * WINNOW_NS_PER_MS;
 static const int64_t wait_first_ns = WINNOW_NS_PER_S;
 static const int64_t wait_most_ns = 30 * WINNOW_NS_PER_S;
 static const int64_t probe_ns = WINNOW_NS_PER_S;
+
+static_assert((WINNOW_N_LATE_OPENS & (WINNOW_N_LATE_OPENS - 1)) == 0, "late_idx may wrap");
 
 void winnow_breaker_init(struct winnow_breaker *breaker)
 {
@@ -36,6 +39,8 @@ bool winnow_breaker_late(struct winnow_breaker *breaker, int64_t held_ns, int64_
         return false;
     if (winnow_breaker_is_open(breaker))
         return true;
+    winnow_assert(!breaker->is_probing);
+    winnow_assert(breaker->wait_ns == wait_first_ns);
     breaker->late_ns[breaker->late_idx++ % WINNOW_N_LATE_OPENS] = now_ns;
     if (now_ns - breaker->late_ns[breaker->late_idx % WINNOW_N_LATE_OPENS] >= late_within_ns)
         return true;
@@ -54,6 +59,8 @@ bool winnow_breaker_lets(struct winnow_breaker *breaker, int64_t now_ns)
         return true;
     breaker->is_probing = false;
     breaker->wait_ns = breaker->wait_ns < wait_most_ns / 2 ? 2 * breaker->wait_ns : wait_most_ns;
+    winnow_assert(breaker->wait_ns > wait_first_ns);
+    winnow_assert(breaker->wait_ns <= wait_most_ns);
     breaker->due_ns += breaker->wait_ns;
     return now_ns >= breaker->due_ns;
 }
@@ -62,7 +69,8 @@ bool winnow_breaker_sent(struct winnow_breaker *breaker, int64_t now_ns)
 {
     if (!winnow_breaker_is_open(breaker))
         return false;
-    winnow_assert(!breaker->is_probing && now_ns >= breaker->due_ns);
+    winnow_assert(!breaker->is_probing);
+    winnow_assert(now_ns >= breaker->due_ns);
     breaker->is_probing = true;
     breaker->due_ns = now_ns + probe_ns;
     return true;
@@ -70,6 +78,7 @@ bool winnow_breaker_sent(struct winnow_breaker *breaker, int64_t now_ns)
 
 void winnow_breaker_answered(struct winnow_breaker *breaker, int64_t now_ns)
 {
+    winnow_assert(!breaker->is_probing || winnow_breaker_is_open(breaker));
     if (breaker->is_probing && now_ns < breaker->due_ns)
         winnow_breaker_init(breaker);
 }

@@ -4,11 +4,13 @@
 // The lock is an open-file-description lock: it dies with the process, whatever forks and whichever
 // descriptor is closed, which a lock of fcntl's older kind does not promise. It cannot name its
 // holder, so the file's text does.
+#include <base/assert.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/openat2.h>
 #include <stdbool.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <storage/dir.h>
@@ -25,7 +27,10 @@ long winnow_dir_file_no(const char *name)
     for (int i = 0; i < 8; i++)
         if (!strchr("0123456789abcdef", name[i]))
             return -1;
-    return strtol(name, NULL, 16);
+    long file_no = strtol(name, NULL, 16);
+    winnow_assert(file_no >= 0);
+    winnow_assert(file_no <= UINT32_MAX);
+    return file_no;
 }
 
 static int path_open(const char *path)
@@ -108,6 +113,7 @@ static int names_check(int dir_fd, const char *sub, const char *path, char text[
 
 static int lock_take(struct winnow_dir *dir, const char *path, char text[WINNOW_TEXT_BYTES])
 {
+    winnow_assert(dir->lock_fd < 0);
     dir->lock_fd = openat(dir->fd, "LOCK", O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (dir->lock_fd < 0)
         return winnow_text_refuse(-errno, text, "data_dir %.120s/LOCK: %s", path, strerror(errno));
@@ -125,6 +131,7 @@ static int lock_take(struct winnow_dir *dir, const char *path, char text[WINNOW_
             strtol(pid, NULL, 10));
     }
     int n_bytes = snprintf(pid, sizeof pid, "%d\n", (int)getpid());
+    winnow_assert(n_bytes < (int)sizeof pid);
     if (ftruncate(dir->lock_fd, 0) < 0 || pwrite(dir->lock_fd, pid, (size_t)n_bytes, 0) != n_bytes)
         pid[0] = '\0'; /* a full disk: the lock holds without its text */
     return 0;
@@ -172,6 +179,7 @@ int winnow_dir_open(struct winnow_dir *dir, const char *path, char text[WINNOW_T
         rc = data_check(dir, text);
     if (rc < 0)
         winnow_dir_close(dir);
+    winnow_assert((rc == 0) == (dir->lock_fd >= 0));
     return rc;
 }
 

@@ -12,11 +12,13 @@
 // Deadlines do not stop anything: no kernel gives a buffer back early (of 200 cancelled reads none
 // was stopped). A late request is answered at once, and its memory comes back with the completion.
 // While the breaker is open (breaker.h) reads end where they would be submitted, late and not held.
+#include <assert.h>
 #include <base/alloc.h>
 #include <base/assert.h>
 #include <base/clock.h>
 #include <base/crc32c.h>
 #include <errno.h>
+#include <limits.h>
 #include <stdio.h>
 #include <storage/dispatch.h>
 #include <string.h>
@@ -26,6 +28,8 @@ enum {
     N_AGAIN_MAX = 8,
     N_PASSES_MAX = 16, /* of a step, so that its time stays true */
 };
+
+static_assert(WINNOW_MERGE_PARTS_MAX <= IOV_MAX, "one call takes all parts of a flight");
 
 struct winnow_flight {
     struct winnow_flight *next;
@@ -43,7 +47,9 @@ struct winnow_flight {
 int winnow_dispatch_init(struct winnow_dispatch *dispatch, const struct winnow_io_method *method,
                          void *io, uint32_t window, uint32_t n_requests_max, uint32_t n_files_max)
 {
+    winnow_assert(io);
     winnow_assert(window > 0);
+    winnow_assert(n_files_max > 0);
     *dispatch = (struct winnow_dispatch){.method = method, .window = window};
     dispatch->next_deadline_ns = WINNOW_NEVER_NS;
     dispatch->ready_end = &dispatch->ready;
@@ -74,7 +80,9 @@ int winnow_dispatch_init(struct winnow_dispatch *dispatch, const struct winnow_i
 
 int winnow_dispatch_close(struct winnow_dispatch *dispatch)
 {
+    winnow_assert(dispatch->io);
     int rc = dispatch->method->close(dispatch->io);
+    winnow_assert(rc < 0 || atomic_load(&dispatch->n_in_flight) == 0);
     if (!rc)
         dispatch->io = NULL;
     return rc;
@@ -95,6 +103,7 @@ int winnow_dispatch_file_open(struct winnow_dispatch *dispatch, uint32_t file_no
 {
     char name[16];
     uint64_t n_bytes;
+    winnow_assert(dispatch->file_idx[file_no] == UINT32_MAX);
     snprintf(name, sizeof name, "%08x.dat", file_no);
     return dispatch->method->file_open(dispatch->io, name, 0, &dispatch->file_idx[file_no],
                                        &n_bytes);
@@ -110,6 +119,7 @@ static void answer(struct winnow_dispatch *dispatch, const struct winnow_message
 static void request_end(struct winnow_dispatch *dispatch, struct winnow_io_request *request,
                         int32_t result, int64_t now_ns)
 {
+    winnow_assert(result <= 0);
     request->result = request->timed_out ? -ECANCELED : result;
     request->done_ns = now_ns;
     answer(dispatch, &(struct winnow_message){.kind = WINNOW_MESSAGE_DONE, .request = request});
@@ -119,6 +129,7 @@ static void request_end(struct winnow_dispatch *dispatch, struct winnow_io_reque
 static void request_retry(struct winnow_dispatch *dispatch, struct winnow_io_request *request,
                           int64_t now_ns)
 {
+    winnow_assert(request->kind == WINNOW_IO_READ);
     if (request->n_retries || request->timed_out || dispatch->stopping) {
         request_end(dispatch, request, -ENODATA, now_ns);
         return;
@@ -141,6 +152,9 @@ static void request_check(struct winnow_dispatch *dispatch, struct winnow_io_req
 
 static void flight_ready(struct winnow_dispatch *dispatch, struct winnow_flight *flight)
 {
+    winnow_assert(flight->requests);
+    winnow_assert(flight->n_done_bytes < flight->n_bytes);
+    winnow_assert(!*dispatch->ready_end);
     flight->next = NULL;
     *dispatch->ready_end = flight;
     dispatch->ready_end = &flight->next;
@@ -155,6 +169,7 @@ static struct winnow_flight *flight_make(struct winnow_dispatch *dispatch, int64
     if (!first)
         return NULL;
     struct winnow_flight *flight = dispatch->free_flight;
+    winnow_assert(!flight->requests);
     dispatch->free_flight = flight->next;
     *flight = (struct winnow_flight){.requests = first,
                                      .parts = flight->parts,
@@ -183,7 +198,8 @@ static void flight_end(struct winnow_dispatch *dispatch, struct winnow_flight *f
     flight->requests = NULL;
     flight->next = dispatch->free_flight;
     dispatch->free_flight = flight;
-    atomic_fetch_sub(&dispatch->n_in_flight, 1);
+    uint32_t n_in_flight = atomic_fetch_sub(&dispatch->n_in_flight, 1);
+    winnow_assert(n_in_flight > 0);
 }
 
 /* Shares out n_bytes that the disk moved from `from` of the flight on. */
@@ -197,6 +213,7 @@ static void flight_account(struct winnow_flight *flight, uint32_t from, uint32_t
         request->disk_bytes += end > begin ? end - begin : 0;
         at += request->n_bytes;
     }
+    winnow_assert(at == flight->n_bytes);
 }
 
 static void flight_fail(struct winnow_dispatch *dispatch, struct winnow_flight *flight,
@@ -217,6 +234,7 @@ static void flight_fail(struct winnow_dispatch *dispatch, struct winnow_flight *
 static void flight_done(struct winnow_dispatch *dispatch, struct winnow_flight *flight,
                         int32_t result, int64_t now_ns)
 {
+    winnow_assert(flight->requests); /* it was in flight */
     if ((result == -EAGAIN || result == -EINTR) && flight->n_again++ < N_AGAIN_MAX) {
         flight_ready(dispatch, flight);
         return;
@@ -274,6 +292,7 @@ static bool asks_take(struct winnow_dispatch *dispatch)
         if (message.kind == WINNOW_MESSAGE_REQUESTS) {
             requests_add(dispatch, message.request);
         } else {
+            winnow_assert(message.kind == WINNOW_MESSAGE_FILE);
             message.result = winnow_dispatch_file_open(dispatch, message.file_no);
             answer(dispatch, &message);
         }
@@ -375,6 +394,8 @@ static uint32_t flight_parts(const struct winnow_flight *flight)
         end = request->data + request->n_bytes;
         n_skip = 0;
     }
+    winnow_assert(n_parts > 0);
+    winnow_assert(n_skip == 0);
     return n_parts;
 }
 
@@ -382,6 +403,7 @@ static struct winnow_io_op flight_op(const struct winnow_dispatch *dispatch,
                                      const struct winnow_flight *flight)
 {
     uint32_t n_parts = flight_parts(flight);
+    winnow_assert(dispatch->file_idx[flight->file_no] != UINT32_MAX);
     return (struct winnow_io_op){.kind = flight->kind,
                                  .file_idx = dispatch->file_idx[flight->file_no],
                                  .offset_bytes = flight->offset_bytes + flight->n_done_bytes,
@@ -403,6 +425,7 @@ static bool flights_submit(struct winnow_dispatch *dispatch, int64_t now_ns)
     if (!n_ops)
         return false;
     uint32_t n_taken = dispatch->method->submit(dispatch->io, op, n_ops);
+    winnow_assert(n_taken <= n_ops);
     for (uint32_t i = 0; i < n_taken; i++)
         dispatch->ready = dispatch->ready->next;
     if (!dispatch->ready)
@@ -421,6 +444,7 @@ static void owner_notify(struct winnow_dispatch *dispatch)
 
 int64_t winnow_dispatch_step(struct winnow_dispatch *dispatch, int64_t now_ns)
 {
+    winnow_assert(dispatch->io);
     bool moved = true;
     for (uint32_t i = 0; moved && i < N_PASSES_MAX; i++) {
         moved = completions_take(dispatch, now_ns);

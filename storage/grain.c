@@ -12,9 +12,14 @@
 enum { RUN_HEAD = 2, WORD_BITS = 64 };
 static const uint32_t NO_RUN = UINT32_MAX;
 
+static uint32_t n_grains_max(const struct winnow_grains *grains)
+{
+    return grains->n_files_max * grains->n_per_file;
+}
+
 static uint32_t n_words(const struct winnow_grains *grains)
 {
-    return (grains->n_files_max * grains->n_per_file + WORD_BITS - 1) / WORD_BITS;
+    return (n_grains_max(grains) + WORD_BITS - 1) / WORD_BITS;
 }
 
 static bool bit_test(const uint64_t *bits, uint32_t grain)
@@ -35,6 +40,7 @@ static void bit_clear(uint64_t *bits, uint32_t grain)
 static void free_add(struct winnow_grains *grains, uint32_t grain)
 {
     winnow_assert(!bit_test(grains->free_bits, grain));
+    winnow_assert(!bit_test(grains->suspect_bits, grain));
     bit_set(grains->free_bits, grain);
     grains->n_free++;
 }
@@ -42,11 +48,14 @@ static void free_add(struct winnow_grains *grains, uint32_t grain)
 int winnow_grains_init(struct winnow_grains *grains, uint32_t n_files_max, uint32_t n_per_file,
                        uint32_t n_segments_max)
 {
-    uint32_t n_grains_max = n_files_max * n_per_file;
-    *grains = (struct winnow_grains){.n_per_file = n_per_file,
-                                     .n_files_max = n_files_max,
-                                     .n_segments_max = n_segments_max,
-                                     .run_max = 2 * (n_grains_max + RUN_HEAD * n_segments_max)};
+    winnow_assert(n_files_max > 0);
+    winnow_assert(n_per_file > 0);
+    winnow_assert(n_per_file <= UINT32_MAX / n_files_max);
+    *grains = (struct winnow_grains){
+        .n_per_file = n_per_file,
+        .n_files_max = n_files_max,
+        .n_segments_max = n_segments_max,
+        .run_max = 2 * (n_files_max * n_per_file + RUN_HEAD * n_segments_max)};
     grains->free_bits = winnow_alloc_array(n_words(grains), sizeof *grains->free_bits);
     grains->suspect_bits = winnow_alloc_array(n_words(grains), sizeof *grains->suspect_bits);
     grains->run = winnow_alloc_array(grains->run_max, sizeof *grains->run);
@@ -86,11 +95,13 @@ uint32_t winnow_grains_take(struct winnow_grains *grains)
     *word &= *word - 1;
     grains->n_free--;
     grains->n_used++;
+    winnow_assert(grains->cursor * WORD_BITS + bit < n_grains_max(grains));
     return grains->cursor * WORD_BITS + bit;
 }
 
 void winnow_grains_give(struct winnow_grains *grains, uint32_t grain)
 {
+    winnow_assert(grain < n_grains_max(grains));
     winnow_assert(grains->n_used > 0);
     winnow_assert(!bit_test(grains->free_bits, grain));
     grains->n_used--;
@@ -102,8 +113,10 @@ void winnow_grains_give(struct winnow_grains *grains, uint32_t grain)
 
 void winnow_grains_suspect(struct winnow_grains *grains, uint32_t grain)
 {
+    winnow_assert(grain < n_grains_max(grains));
     bit_set(grains->suspect_bits, grain);
     if (bit_test(grains->free_bits, grain)) {
+        winnow_assert(grains->n_free > 0);
         bit_clear(grains->free_bits, grain);
         grains->n_free--;
         grains->n_bad++;
@@ -116,6 +129,8 @@ static void runs_compact(struct winnow_grains *grains)
     uint32_t to = 0;
     for (uint32_t from = 0; from < grains->run_end;) {
         uint32_t segment_idx = grains->run[from], n_entries = RUN_HEAD + grains->run[from + 1];
+        winnow_assert(segment_idx < grains->n_segments_max);
+        winnow_assert(n_entries <= grains->run_end - from);
         bool live = grains->run_of[segment_idx] == from;
         if (live) {
             memmove(grains->run + to, grains->run + from, n_entries * sizeof *grains->run);
@@ -148,8 +163,10 @@ int winnow_grains_take_run(struct winnow_grains *grains, uint32_t segment_idx, u
 
 void winnow_grains_give_run(struct winnow_grains *grains, uint32_t segment_idx)
 {
+    winnow_assert(segment_idx < grains->n_segments_max);
     winnow_assert(grains->run_of[segment_idx] != NO_RUN);
     const uint32_t *run = grains->run + grains->run_of[segment_idx];
+    winnow_assert(run[0] == segment_idx);
     for (uint32_t i = 0; i < run[1]; i++)
         winnow_grains_give(grains, run[RUN_HEAD + i]);
     grains->run_of[segment_idx] = NO_RUN;
@@ -157,7 +174,10 @@ void winnow_grains_give_run(struct winnow_grains *grains, uint32_t segment_idx)
 
 uint32_t winnow_grains_of(const struct winnow_grains *grains, uint32_t segment_idx, uint32_t i)
 {
+    winnow_assert(segment_idx < grains->n_segments_max);
+    winnow_assert(grains->run_of[segment_idx] != NO_RUN);
     const uint32_t *run = grains->run + grains->run_of[segment_idx];
+    winnow_assert(run[0] == segment_idx);
     winnow_assert(i < run[1]);
     return run[RUN_HEAD + i];
 }

@@ -18,6 +18,9 @@ static const int64_t wait_ns = 10 * WINNOW_NS_PER_S;
 int winnow_grow_init(struct winnow_grow *grow, const struct winnow_io_method *method, void *io,
                      int dir_fd, uint64_t file_bytes)
 {
+    winnow_assert(io);
+    winnow_assert(file_bytes > 0);
+    winnow_assert(file_bytes % WINNOW_PAGE_BYTES == 0);
     *grow = (struct winnow_grow){.method = method, .dir_fd = dir_fd, .file_bytes = file_bytes};
     int rc = winnow_ring_create(N_ASKS_MAX, sizeof(struct winnow_message), &grow->asks);
     if (!rc)
@@ -63,6 +66,7 @@ static bool space_left(const struct winnow_grow *grow)
 
 static void op_submit(struct winnow_grow *grow)
 {
+    winnow_assert(grow->state != WINNOW_GROW_IDLE);
     struct winnow_io_op op = {.kind = grow->state == WINNOW_GROW_ALLOCATING ? WINNOW_IO_ALLOCATE
                                                                             : WINNOW_IO_SYNC,
                               .file_idx = grow->file_idx,
@@ -96,6 +100,7 @@ static void file_begin(struct winnow_grow *grow, uint32_t file_no)
 {
     char name[16];
     uint64_t n_bytes;
+    winnow_assert(grow->state == WINNOW_GROW_IDLE);
     grow->file_no = file_no;
     grow->n_again = 0;
     file_name(file_no, name);
@@ -113,6 +118,7 @@ static void file_begin(struct winnow_grow *grow, uint32_t file_no)
 
 static void op_done(struct winnow_grow *grow, int32_t result)
 {
+    winnow_assert(grow->state != WINNOW_GROW_IDLE);
     bool again = result == -EAGAIN || result == -EINTR;
     if (again && grow->n_again++ < N_AGAIN_MAX) {
         op_submit(grow);
@@ -127,6 +133,7 @@ static void op_done(struct winnow_grow *grow, int32_t result)
 int64_t winnow_grow_step(struct winnow_grow *grow, int64_t now_ns)
 {
     (void)now_ns;
+    winnow_assert(grow->io);
     struct winnow_io_done done;
     struct winnow_message message;
     for (;;) {
@@ -143,12 +150,15 @@ int winnow_grow_now(struct winnow_grow *grow, uint32_t file_no)
 {
     int64_t deadline_ns = grow->method->now(grow->io) + wait_ns;
     struct winnow_message message = {.kind = WINNOW_MESSAGE_FILE, .file_no = file_no};
-    winnow_ring_put(grow->asks, &message);
+    winnow_assert(grow->state == WINNOW_GROW_IDLE);
+    int put = winnow_ring_put(grow->asks, &message);
+    winnow_assert(put >= 0);
     winnow_grow_step(grow, 0);
     while (!winnow_ring_take(grow->answers, &message)) {
         if (grow->method->wait(grow->io, deadline_ns) == -ETIMEDOUT)
             return -ETIMEDOUT;
         winnow_grow_step(grow, 0);
     }
+    winnow_assert(message.file_no == file_no);
     return message.result;
 }

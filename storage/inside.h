@@ -4,6 +4,7 @@
  */
 #pragma once
 
+#include <assert.h>
 #include <base/latency.h>
 #include <base/pool.h>
 #include <pthread.h>
@@ -18,6 +19,10 @@ enum {
     WINNOW_N_WRITE_ERRORS = 3, /* within 60 s: no more writes */
     WINNOW_N_READ_ERRORS = 16, /* of a file within 60 s: it takes no more grains */
 };
+
+static_assert(WINNOW_GRAIN_BYTES % WINNOW_PAGE_BYTES == 0, "a grain begins at a page");
+static_assert(WINNOW_PIECE_BYTES_MAX % WINNOW_PAGE_BYTES == 0, "so does a piece");
+static_assert((int)WINNOW_PIECE_BYTES_MAX <= (int)WINNOW_GRAIN_BYTES, "a piece lies in one grain");
 
 struct winnow_stored {
     uint32_t segment_idx, n_blocks, blocks_per_layer, block_bytes, blocks_per_grain;

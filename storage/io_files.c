@@ -63,6 +63,7 @@ int winnow_io_files_open(void *io, const char *name, int create, uint32_t *ret_f
 {
     struct winnow_io_files *files = io;
     uint32_t file_idx = 0;
+    winnow_assert(files->dir_fd >= 0);
     while (file_idx < files->n_files_max && files->fd[file_idx] >= 0)
         file_idx++;
     if (file_idx == files->n_files_max)
@@ -85,7 +86,8 @@ int winnow_io_files_open(void *io, const char *name, int create, uint32_t *ret_f
 int winnow_io_files_close(void *io, uint32_t file_idx)
 {
     struct winnow_io_files *files = io;
-    winnow_assert(file_idx < files->n_files_max && files->fd[file_idx] >= 0);
+    winnow_assert(file_idx < files->n_files_max);
+    winnow_assert(files->fd[file_idx] >= 0);
     int rc = close(files->fd[file_idx]) < 0 ? -errno : 0;
     files->fd[file_idx] = -1;
     return rc;

@@ -3,6 +3,7 @@
 //
 // Operations in flight lie in one unordered array, as few as a window holds; each poll looks at all
 // of them. A heap would be faster and would hide that completions come in any order.
+#include <assert.h>
 #include <base/alloc.h>
 #include <base/assert.h>
 #include <base/clock.h>
@@ -21,6 +22,8 @@ enum {
     N_CHANNELS_MAX = 256,
     N_FLYING_MAX = 1024
 };
+
+static_assert(PAGE_BYTES % SECTOR_BYTES == 0, "a short transfer ends at a sector");
 
 struct sim_file {
     char name[NAME_BYTES]; /* "": none */
@@ -81,7 +84,8 @@ static struct sim_file *file_find(const struct winnow_sim_disk *disk, const char
 
 static struct sim_file *file_make(struct winnow_sim_disk *disk, const char *name)
 {
-    winnow_assert(name[0] && strlen(name) < NAME_BYTES);
+    winnow_assert(name[0]);
+    winnow_assert(strlen(name) < NAME_BYTES);
     struct sim_file *file = file_find(disk, ""); /* a free one */
     if (!file)
         return NULL;
@@ -94,6 +98,7 @@ static struct sim_file *file_make(struct winnow_sim_disk *disk, const char *name
 
 static void file_drop(struct winnow_sim_disk *disk, struct sim_file *file)
 {
+    winnow_assert(file->name[0]);
     winnow_alloc_unmap(file->bytes, disk->shape.file_bytes_max);
     *file = (struct sim_file){0};
 }
@@ -114,7 +119,10 @@ struct winnow_sim_options winnow_sim_defaults(uint64_t seed)
 int winnow_sim_disk_create(const struct winnow_sim_options *options,
                            struct winnow_sim_disk **ret_disk)
 {
-    winnow_assert(options->n_channels > 0 && options->n_channels <= N_CHANNELS_MAX);
+    winnow_assert(options->n_channels > 0);
+    winnow_assert(options->n_channels <= N_CHANNELS_MAX);
+    winnow_assert(options->jitter >= 0);
+    winnow_assert(options->jitter <= 1);
     struct winnow_sim_disk *disk = winnow_alloc(sizeof *disk);
     if (!disk)
         return -ENOMEM;
@@ -165,7 +173,11 @@ int64_t winnow_sim_disk_next(const struct winnow_sim_disk *disk)
 void winnow_sim_disk_fail(struct winnow_sim_disk *disk, int kind, uint64_t nth, uint64_t n_times,
                           enum winnow_sim_fault fault)
 {
-    winnow_assert(nth > 0 && n_times > 0 && disk->n_scripts < N_SCRIPTS);
+    winnow_assert(kind <= WINNOW_IO_ALLOCATE);
+    winnow_assert(nth > 0);
+    winnow_assert(n_times > 0);
+    winnow_assert(fault < WINNOW_N_SIM_FAULTS);
+    winnow_assert(disk->n_scripts < N_SCRIPTS);
     disk->script[disk->n_scripts++] =
         (struct sim_script){.kind = kind, .fault = fault, .skip = nth - 1, .n_times = n_times};
 }
@@ -236,10 +248,14 @@ static int64_t end_draw(struct winnow_sim_disk *disk, const struct winnow_io_op 
 
 static void op_check(const struct sim_io *io, const struct winnow_io_op *op)
 {
-    winnow_assert(op->file_idx < io->n_files_max && io->open_file[op->file_idx]);
+    winnow_assert(op->kind >= WINNOW_IO_READ);
+    winnow_assert(op->kind <= WINNOW_IO_ALLOCATE);
+    winnow_assert(op->file_idx < io->n_files_max);
+    winnow_assert(io->open_file[op->file_idx]);
     winnow_assert(op->offset_bytes % PAGE_BYTES == 0);
     if (op->kind == WINNOW_IO_READ || op->kind == WINNOW_IO_WRITE) {
-        winnow_assert(op->n_bytes > 0 && op->n_bytes % PAGE_BYTES == 0);
+        winnow_assert(op->n_bytes > 0);
+        winnow_assert(op->n_bytes % PAGE_BYTES == 0);
         winnow_assert((uintptr_t)op->data % PAGE_BYTES == 0);
     }
     if (op->kind != WINNOW_IO_READ || op->data)
@@ -375,6 +391,7 @@ static uint32_t sim_poll(void *arg, struct winnow_io_done *done, uint32_t n_done
             continue;
         }
         disk->flying[i] = disk->flying[--disk->counts.in_flight];
+        winnow_assert(io->n_in_flight > 0);
         io->n_in_flight--;
         int32_t result = op_end(disk, &flying);
         done[n_done++] = (struct winnow_io_done){flying.op.tag, result};
@@ -443,6 +460,7 @@ static int sim_close(void *arg)
     struct sim_io *io = arg;
     if (io->n_in_flight)
         return -EBUSY;
+    winnow_assert(io->disk->n_instances > 0);
     io->disk->n_instances--;
     winnow_alloc_free(io);
     return 0;
@@ -471,7 +489,8 @@ static int sim_file_open(void *arg, const char *name, int create, uint32_t *ret_
 static int sim_file_close(void *arg, uint32_t file_idx)
 {
     struct sim_io *io = arg;
-    winnow_assert(file_idx < io->n_files_max && io->open_file[file_idx]);
+    winnow_assert(file_idx < io->n_files_max);
+    winnow_assert(io->open_file[file_idx]);
     io->open_file[file_idx] = NULL;
     return 0;
 }
@@ -558,7 +577,8 @@ const uint8_t *winnow_sim_disk_file(const struct winnow_sim_disk *disk, const ch
 void winnow_sim_disk_put(struct winnow_sim_disk *disk, const char *name, uint64_t n_bytes)
 {
     struct sim_file *file = file_make(disk, name);
-    winnow_assert(file && n_bytes <= disk->shape.file_bytes_max);
+    winnow_assert(file);
+    winnow_assert(n_bytes <= disk->shape.file_bytes_max);
     file->n_bytes = n_bytes;
     file->allocated_bytes = n_bytes;
 }

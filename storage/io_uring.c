@@ -13,11 +13,13 @@
 //
 // Other threads wake the ring through an eventfd that is read in the ring itself: one wait covers
 // completions and wake-ups, and no call on a data file is made outside the ring.
+#include <assert.h>
 #include <base/alloc.h>
 #include <base/assert.h>
 #include <base/clock.h>
 #include <errno.h>
 #include <liburing.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <storage/io_files.h>
 #include <string.h>
@@ -42,6 +44,9 @@ struct uring_io {
     uint32_t n_slices; /* registered, from the arena's start */
     size_t arena_bytes;
 };
+static_assert(offsetof(struct uring_io, files) == 0, "a pointer to one is one to the other");
+static_assert(sizeof((struct uring_io *)0)->wake_count == 8, "an eventfd gives no fewer bytes");
+static_assert(SLICE_SHIFT < 32, "a slice's bytes are 32 bits");
 
 static const struct {
     unsigned flags;
@@ -57,6 +62,7 @@ enum { N_RING_FLAGS = sizeof ring_flags / sizeof *ring_flags };
 static void facts_add(char *text, size_t n_bytes, const char *word)
 {
     size_t used = strlen(text);
+    winnow_assert(used < n_bytes);
     snprintf(text + used, n_bytes - used, "%s%s", used ? " " : "", word);
 }
 
@@ -115,6 +121,7 @@ static void memlock_raise(void)
 
 static uint32_t slice_bytes(const struct uring_io *io, uint32_t slice_idx)
 {
+    winnow_assert((size_t)slice_idx << SLICE_SHIFT < io->arena_bytes);
     size_t offset_bytes = (size_t)slice_idx << SLICE_SHIFT, rest = io->arena_bytes - offset_bytes;
     return rest < (size_t)1 << SLICE_SHIFT ? (uint32_t)rest : UINT32_C(1) << SLICE_SHIFT;
 }
@@ -228,6 +235,10 @@ static int op_slice(const struct uring_io *io, const struct winnow_io_op *op)
 
 static void sqe_prep(struct uring_io *io, struct io_uring_sqe *sqe, const struct winnow_io_op *op)
 {
+    winnow_assert(op->file_idx < io->files.n_files_max);
+    winnow_assert(io->files.fd[op->file_idx] >= 0);
+    winnow_assert(op->offset_bytes % 4096 == 0);
+    winnow_assert(op->tag <= INT64_MAX);
     int fd = io->fixed_files ? (int)op->file_idx : io->files.fd[op->file_idx];
     int slice_idx = op->data ? op_slice(io, op) : -1;
     switch (op->kind) {
@@ -270,6 +281,7 @@ static uint32_t uring_submit(void *arg, const struct winnow_io_op *op, uint32_t 
         sqe_prep(io, sqe, &op[n_taken++]);
         io->n_in_flight++;
     }
+    winnow_assert(io->n_in_flight <= io->n_ops_max);
     int rc = io_uring_submit(&io->ring);
     /* What these left unconsumed stays in the ring for the next submit or wait. */
     winnow_assert(rc >= 0 || rc == -EINTR || rc == -EAGAIN || rc == -EBUSY);

@@ -21,6 +21,7 @@ static const int64_t write_ns_per_mib = 10 * WINNOW_NS_PER_MS;
 
 void winnow_queue_init(struct winnow_queue *queue, uint32_t window)
 {
+    winnow_assert(window > 0);
     *queue = (struct winnow_queue){.n_readahead_max = window > 1 ? window / 2 : 1,
                                    .last_decode_ns = INT64_MIN / 2};
 }
@@ -54,6 +55,7 @@ static struct winnow_io_request *list_sort(struct winnow_io_request *list)
         sorted->next = NULL;
         uint32_t k = 0;
         for (; run[k]; k++) {
+            winnow_assert(k < 31);
             sorted = lists_merge(run[k], sorted);
             run[k] = NULL;
         }
@@ -67,8 +69,11 @@ static struct winnow_io_request *list_sort(struct winnow_io_request *list)
 
 void winnow_queue_add(struct winnow_queue *queue, struct winnow_io_request *batch)
 {
-    winnow_assert(batch && batch->priority < WINNOW_N_IO_PRIORITIES);
+    winnow_assert(batch);
+    winnow_assert(batch->priority < WINNOW_N_IO_PRIORITIES);
     struct winnow_queue_list *list = &queue->list[batch->priority];
+    winnow_assert(!list->head == !list->tail);
+    winnow_assert(!list->tail || !list->tail->next);
     batch = list_sort(batch);
     if (list->tail)
         list->tail->next = batch;
@@ -81,7 +86,9 @@ void winnow_queue_add(struct winnow_queue *queue, struct winnow_io_request *batc
 
 void winnow_queue_add_first(struct winnow_queue *queue, struct winnow_io_request *request)
 {
+    winnow_assert(request->priority < WINNOW_N_IO_PRIORITIES);
     struct winnow_queue_list *list = &queue->list[request->priority];
+    winnow_assert(!list->head == !list->tail);
     request->alone = true;
     request->next = list->head;
     list->head = request;
@@ -98,6 +105,7 @@ static bool adjacent(const struct winnow_io_request *a, const struct winnow_io_r
 static struct winnow_io_request *list_take(struct winnow_queue_list *list, uint32_t n_bytes_max)
 {
     struct winnow_io_request *first = list->head, *last = first;
+    winnow_assert(first);
     uint32_t n_bytes = first->n_bytes, n_parts = 1;
     while (last->next && adjacent(last, last->next) &&
            n_bytes + last->next->n_bytes <= n_bytes_max) {
@@ -108,8 +116,10 @@ static struct winnow_io_request *list_take(struct winnow_queue_list *list, uint3
         n_bytes += last->n_bytes;
     }
     list->head = last->next;
-    if (!list->head)
+    if (!list->head) {
+        winnow_assert(list->tail == last);
         list->tail = NULL;
+    }
     last->next = NULL;
     return first;
 }
@@ -117,6 +127,8 @@ static struct winnow_io_request *list_take(struct winnow_queue_list *list, uint3
 static struct winnow_io_request *write_take(struct winnow_queue *queue, int64_t now_ns)
 {
     struct winnow_io_request *piece = list_take(&queue->list[WINNOW_IO_SPILL], 0);
+    winnow_assert(piece->kind == WINNOW_IO_WRITE);
+    winnow_assert(queue->n_writes < N_WRITES_MAX);
     queue->n_writes++;
     queue->write_due_ns = now_ns + (write_ns_per_mib * piece->n_bytes >> 20);
     return piece;
@@ -148,6 +160,7 @@ struct winnow_io_request *winnow_queue_take(struct winnow_queue *queue, int64_t 
 
 void winnow_queue_ended(struct winnow_queue *queue, uint32_t priority)
 {
+    winnow_assert(priority < WINNOW_N_IO_PRIORITIES);
     uint32_t *count = priority == WINNOW_IO_READAHEAD ? &queue->n_readahead
                       : priority == WINNOW_IO_SPILL   ? &queue->n_writes
                                                       : NULL;

@@ -9,10 +9,13 @@
  */
 #pragma once
 
+#include <assert.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <storage/store.h>
+
+static_assert(WINNOW_N_IO_PRIORITIES <= UINT8_MAX, "a request holds one in a byte");
 
 struct winnow_io_request {
     struct winnow_io_request *next;

@@ -22,6 +22,7 @@ void winnow_store_grow(struct winnow_store *store)
         return;
     while (store->file[file_no].made)
         file_no++;
+    winnow_assert(file_no < store->n_files_max);
     struct winnow_message message = {.kind = WINNOW_MESSAGE_FILE, .file_no = file_no};
     int rc = winnow_ring_put(store->grow.asks, &message);
     winnow_assert(rc >= 0);
@@ -31,6 +32,8 @@ void winnow_store_grow(struct winnow_store *store)
 
 void winnow_store_file_made(struct winnow_store *store, uint32_t file_no, int rc)
 {
+    winnow_assert(store->growing);
+    winnow_assert(file_no < store->n_files_max);
     if (rc < 0) {
         store->growing = false;
         store->grow_error = rc;
@@ -44,6 +47,7 @@ void winnow_store_file_made(struct winnow_store *store, uint32_t file_no, int rc
 
 void winnow_store_file_end(struct winnow_store *store, uint32_t file_no, int rc)
 {
+    winnow_assert(store->growing);
     store->growing = false;
     store->grow_error = rc;
     if (rc < 0)
@@ -54,6 +58,8 @@ void winnow_store_file_end(struct winnow_store *store, uint32_t file_no, int rc)
 
 void winnow_store_file_add(struct winnow_store *store, uint32_t file_no)
 {
+    winnow_assert(file_no < store->n_files_max);
+    winnow_assert(store->n_files < store->n_files_max);
     winnow_assert(!store->file[file_no].made);
     store->file[file_no].made = true;
     store->n_files++;
@@ -62,6 +68,7 @@ void winnow_store_file_add(struct winnow_store *store, uint32_t file_no)
 
 void winnow_store_file_suspect(struct winnow_store *store, uint32_t file_no)
 {
+    winnow_assert(store->file[file_no].made);
     for (uint32_t i = 0; i < store->grains.n_per_file; i++)
         winnow_grains_suspect(&store->grains, file_no * store->grains.n_per_file + i);
 }
@@ -70,9 +77,12 @@ int winnow_store_segment_create(struct winnow_store *store, uint32_t n_layers,
                                 uint32_t blocks_per_layer, uint32_t block_bytes,
                                 uint32_t *block_crc, struct winnow_stored **ret_stored)
 {
-    winnow_assert(n_layers > 0 && blocks_per_layer > 0 && block_crc);
+    winnow_assert(n_layers > 0);
+    winnow_assert(blocks_per_layer > 0);
+    winnow_assert(block_crc);
     winnow_assert(blocks_per_layer <= UINT32_MAX / n_layers);
-    winnow_assert(block_bytes > 0 && block_bytes % WINNOW_PAGE_BYTES == 0);
+    winnow_assert(block_bytes > 0);
+    winnow_assert(block_bytes % WINNOW_PAGE_BYTES == 0);
     winnow_assert(block_bytes <= WINNOW_PIECE_BYTES_MAX);
     if (store->facts.degraded)
         return -ENOSPC;
@@ -104,6 +114,7 @@ int winnow_store_segment_create(struct winnow_store *store, uint32_t n_layers,
 /* The moves of a segment end with it. */
 static void moves_end(struct winnow_store *store, const struct winnow_stored *stored)
 {
+    uint32_t n_ended = 0;
     for (uint32_t i = 0; i < store->n_moves;) {
         if (store->move[i].stored != stored) {
             i++;
@@ -111,11 +122,15 @@ static void moves_end(struct winnow_store *store, const struct winnow_stored *st
         }
         winnow_grains_give(&store->grains, store->move[i].to_grain);
         store->move[i] = store->move[--store->n_moves];
+        n_ended++;
     }
+    winnow_assert(n_ended == stored->n_moves);
 }
 
 static void stored_free(struct winnow_store *store, struct winnow_stored *stored)
 {
+    winnow_assert(stored->dropped);
+    winnow_assert(stored->n_requests == 0);
     moves_end(store, stored);
     winnow_grains_give_run(&store->grains, stored->segment_idx);
     winnow_pool_give(store->stored, stored);
@@ -124,6 +139,7 @@ static void stored_free(struct winnow_store *store, struct winnow_stored *stored
 void winnow_store_segment_destroy(struct winnow_store *store, struct winnow_stored *stored)
 {
     winnow_assert(!stored->dropped);
+    winnow_assert(stored->block_crc);
     atomic_store_explicit(&stored->dropped, true, memory_order_relaxed);
     stored->block_crc = NULL;
     if (!stored->n_requests)
@@ -149,6 +165,7 @@ struct winnow_place winnow_stored_place(const struct winnow_store *store,
         if (move->stored == stored && block_idx - move->block_idx < move->n_blocks)
             grain = move->to_grain;
     }
+    winnow_assert(store->file[grain / store->grains.n_per_file].made);
     uint64_t grain_bytes = (uint64_t)(grain % store->grains.n_per_file) * WINNOW_GRAIN_BYTES;
     return (struct winnow_place){.file_no = grain / store->grains.n_per_file,
                                  .offset_bytes =
@@ -158,6 +175,8 @@ struct winnow_place winnow_stored_place(const struct winnow_store *store,
 int winnow_stored_move(struct winnow_store *store, struct winnow_stored *stored, uint32_t block_idx,
                        uint32_t n_blocks)
 {
+    winnow_assert(n_blocks > 0);
+    winnow_assert(n_blocks <= stored->blocks_per_grain - block_idx % stored->blocks_per_grain);
     if (store->n_moves == WINNOW_N_MOVES_MAX)
         return -ENOSPC;
     uint32_t to_grain = winnow_grains_take(&store->grains);

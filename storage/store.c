@@ -5,6 +5,7 @@
 //
 // Everything is sized at open from the options: requests, rings, tables of grains. After it the
 // store allocates nothing.
+#include <assert.h>
 #include <base/alloc.h>
 #include <base/assert.h>
 #include <base/clock.h>
@@ -25,6 +26,8 @@ enum {
     WINDOW_SPARED = 16, /* of the disk's own queue, for everyone else: past it submit sleeps */
     N_FILES_MAX = 1 << 14,
 };
+static_assert(WINDOW_SPARED < WINDOW_MAX, "a disk of short queue has a window too");
+
 static const uint64_t data_file_bytes_min = UINT64_C(64) << 20;
 static const uint64_t data_file_bytes_max = UINT64_C(1) << 30;
 static const int64_t drain_ns = 10 * WINNOW_NS_PER_S;
@@ -56,6 +59,7 @@ static int sizes_check(struct winnow_store *store, const struct winnow_store_opt
     store->disk_cap_bytes = options->disk_cap_bytes;
     store->data_file_bytes = file_bytes;
     store->n_files_max = (uint32_t)(n_files > N_FILES_MAX ? N_FILES_MAX : n_files);
+    winnow_assert(store->n_files_max * file_bytes <= store->disk_cap_bytes);
     return 0;
 }
 
@@ -78,6 +82,7 @@ static int tables_init(struct winnow_store *store, const struct winnow_store_opt
         store->request[i].next = store->free_request;
         store->free_request = &store->request[i];
     }
+    static_assert(sizeof store->uuid == 2 * sizeof(uint64_t), "two words fill it");
     struct winnow_rng rng;
     winnow_rng_init(&rng, options->seed);
     for (uint32_t i = 0; i < 2; i++) {
@@ -112,6 +117,8 @@ static uint32_t window_of(int dir_fd)
     if (sscanf(text, "%d", &n_requests) == 1 && n_requests < WINDOW_MAX + WINDOW_SPARED)
         window =
             n_requests > 2 * WINDOW_SPARED ? (uint32_t)n_requests - WINDOW_SPARED : WINDOW_SPARED;
+    winnow_assert(window >= WINDOW_SPARED);
+    winnow_assert(window <= WINDOW_MAX);
     return window;
 }
 
@@ -128,6 +135,7 @@ static int io_open(struct winnow_store *store, const struct winnow_store_options
         if (rc < 0)
             return winnow_text_refuse(rc, text, "%s", remedy);
     }
+    winnow_assert(method->virtual_dir == (store->dir.fd < 0));
     sync_method = method->virtual_dir ? method : &winnow_io_pread;
     struct winnow_io_open io_options = {
         .dir = dir, .n_ops_max = 1, .n_files_max = 1, .refuse_direct = refuse_direct};
@@ -151,6 +159,7 @@ static int io_open(struct winnow_store *store, const struct winnow_store_options
         method->close(io);
     if (rc < 0)
         return winnow_text_refuse(rc, text, "io_method %s: %s", method->name, strerror(-rc));
+    static_assert(sizeof remedy == sizeof facts->remedy, "copied whole");
     if (remedy[0])
         memcpy(facts->remedy, remedy, sizeof facts->remedy);
     store->dispatch.notify = store->grow.notify = options->notify;
@@ -184,6 +193,7 @@ static int file_keep(struct winnow_store *store, uint32_t file_no)
 {
     struct winnow_grow *grow = &store->grow;
     char name[16];
+    winnow_assert(!store->file[file_no].made);
     uint32_t file_idx;
     uint64_t n_bytes;
     snprintf(name, sizeof name, "%08x.dat", file_no);
@@ -240,11 +250,14 @@ static int files_take(struct winnow_store *store, char text[WINNOW_TEXT_BYTES])
         rc = first_file_make(store, text);
     if (!rc)
         winnow_store_grow(store);
+    winnow_assert(rc < 0 || store->n_files > 0);
     return rc;
 }
 
 static void store_free(struct winnow_store *store)
 {
+    winnow_assert(!store->started);
+    winnow_assert(!store->grow.io);
     winnow_dispatch_finish(&store->dispatch);
     winnow_dir_close(&store->dir);
     winnow_alloc_free(store->request);
@@ -258,7 +271,10 @@ static void store_free(struct winnow_store *store)
 int winnow_store_open(const struct winnow_store_options *options, struct winnow_store **ret_store,
                       char text[WINNOW_TEXT_BYTES])
 {
-    winnow_assert(options->dir && options->n_requests_max > 0 && options->n_segments_max > 0);
+    winnow_assert(options->dir);
+    winnow_assert(options->n_requests_max > 0);
+    winnow_assert(options->n_segments_max > 0);
+    winnow_assert(options->arena || options->arena_bytes == 0);
     *ret_store = NULL;
     text[0] = '\0';
     struct winnow_store *store = winnow_alloc(sizeof *store);
@@ -351,6 +367,8 @@ static void threads_stop(struct winnow_store *store)
 int winnow_store_start(struct winnow_store *store)
 {
     winnow_assert(!store->started);
+    winnow_assert(store->dispatch.io);
+    winnow_assert(store->grow.io);
     sigset_t all, old;
     sigfillset(&all); /* signals are the main thread's */
     pthread_sigmask(SIG_SETMASK, &all, &old);
@@ -388,16 +406,23 @@ int winnow_store_close(struct winnow_store *store)
 
 void winnow_store_facts(struct winnow_store *store, struct winnow_store_facts *facts)
 {
+    const struct winnow_grains *grains = &store->grains;
+    winnow_assert(store->n_files <= store->n_files_max);
+    winnow_assert(grains->n_free + grains->n_used + grains->n_bad ==
+                  store->n_files * grains->n_per_file);
     *facts = store->facts;
     facts->disk_cap_bytes = store->disk_cap_bytes;
     facts->data_file_bytes = store->data_file_bytes;
     facts->allocated_bytes = store->n_files * store->data_file_bytes;
-    facts->used_bytes = (uint64_t)store->grains.n_used * WINNOW_GRAIN_BYTES;
-    facts->bad_bytes = (uint64_t)store->grains.n_bad * WINNOW_GRAIN_BYTES;
+    facts->used_bytes = (uint64_t)grains->n_used * WINNOW_GRAIN_BYTES;
+    facts->bad_bytes = (uint64_t)grains->n_bad * WINNOW_GRAIN_BYTES;
     facts->stuck = winnow_breaker_is_open(&store->dispatch.breaker);
     facts->in_flight = atomic_load_explicit(&store->dispatch.n_in_flight, memory_order_relaxed);
     facts->in_flight_max =
         atomic_load_explicit(&store->dispatch.n_in_flight_max, memory_order_relaxed);
+    winnow_assert(facts->allocated_bytes <= facts->disk_cap_bytes);
+    winnow_assert(facts->in_flight <= facts->window);
+    winnow_assert(facts->in_flight_max <= facts->window);
 }
 
 const struct winnow_latency *winnow_store_latency(const struct winnow_store *store)

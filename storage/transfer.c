@@ -27,6 +27,7 @@ static struct winnow_io_request *request_take(struct winnow_store *store,
 {
     struct winnow_io_request *request = store->free_request;
     winnow_assert(request);
+    winnow_assert(store->n_free_requests > 0);
     store->free_request = request->next;
     store->n_free_requests--;
     stored->n_requests++;
@@ -43,6 +44,7 @@ static struct winnow_io_request *request_take(struct winnow_store *store,
 
 static void request_give(struct winnow_store *store, struct winnow_io_request *request)
 {
+    winnow_assert(store->n_free_requests < store->n_requests_max);
     winnow_stored_release(store, request->stored);
     request->next = store->free_request;
     store->free_request = request;
@@ -69,6 +71,7 @@ int winnow_store_read(struct winnow_store *store, const struct winnow_store_read
     for (uint32_t i = 0; i < n; i++) {
         struct winnow_stored *stored = read[i].stored;
         winnow_assert(!stored->dropped);
+        winnow_assert(read[i].data);
         winnow_assert((uintptr_t)read[i].data % WINNOW_PAGE_BYTES == 0);
         struct winnow_io_request *request =
             request_take(store, stored, read[i].block_idx, read[i].tag);
@@ -95,14 +98,19 @@ static uint32_t piece_blocks(const struct winnow_stored *stored, uint32_t block_
     uint32_t in_grain = stored->blocks_per_grain - block_idx % stored->blocks_per_grain;
     uint32_t in_piece = WINNOW_PIECE_BYTES_MAX / stored->block_bytes;
     uint32_t n_blocks = in_grain < in_piece ? in_grain : in_piece;
+    winnow_assert(n_blocks > 0);
+    winnow_assert(n_left > 0);
     return n_blocks < n_left ? n_blocks : n_left;
 }
 
 int winnow_store_write(struct winnow_store *store, struct winnow_stored *stored, uint32_t block_idx,
                        uint32_t n_blocks, const void *data, uint64_t tag)
 {
-    winnow_assert(!stored->dropped && n_blocks > 0);
-    winnow_assert(n_blocks <= stored->n_blocks && block_idx <= stored->n_blocks - n_blocks);
+    winnow_assert(!stored->dropped);
+    winnow_assert(n_blocks > 0);
+    winnow_assert(n_blocks <= stored->n_blocks);
+    winnow_assert(block_idx <= stored->n_blocks - n_blocks);
+    winnow_assert(data);
     winnow_assert((uintptr_t)data % WINNOW_PAGE_BYTES == 0);
     if (store->facts.degraded)
         return -EIO;
@@ -153,6 +161,7 @@ static uint32_t request_grain(const struct winnow_store *store,
 static void read_error_count(struct winnow_store *store, const struct winnow_io_request *request)
 {
     struct winnow_data_file *file = &store->file[request->file_no];
+    winnow_assert(file->made);
     winnow_grains_suspect(&store->grains, request_grain(store, request));
     if (request->done_ns - file->errors_from_ns >= errors_within_ns) {
         file->errors_from_ns = request->done_ns;
@@ -199,6 +208,8 @@ static bool piece_end(struct winnow_store *store, struct winnow_io_request *piec
                       struct winnow_store_done *done)
 {
     struct winnow_io_request *whole = piece->whole;
+    winnow_assert(whole->n_pieces > 0);
+    winnow_assert(whole->tag == piece->tag);
     if (piece_moved(store, piece))
         return false;
     request_count(store, piece);
@@ -220,6 +231,8 @@ static bool request_end(struct winnow_store *store, struct winnow_io_request *re
 {
     if (request->kind == WINNOW_IO_WRITE)
         return piece_end(store, request, done);
+    winnow_assert(request->kind == WINNOW_IO_READ);
+    winnow_assert(request->priority < WINNOW_IO_SPILL);
     request_count(store, request);
     if (request->priority == WINNOW_IO_DECODE && request->begun_ns)
         winnow_latency_add(&store->reads, request->done_ns - request->begun_ns);
@@ -239,6 +252,8 @@ static bool answer_handle(struct winnow_store *store, const struct winnow_messag
     case WINNOW_MESSAGE_DONE:
         return request_end(store, message->request, done);
     case WINNOW_MESSAGE_LATE:
+        winnow_assert(message->request->timed_out);
+        winnow_assert(message->request->kind == WINNOW_IO_READ);
         store->facts.timeouts++;
         *done = (struct winnow_store_done){
             .tag = message->request->tag, .result = -ETIMEDOUT, .held = true};

@@ -1,10 +1,13 @@
+#include <assert.h>
 #include <base/alloc.h>
+#include <base/assert.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
-enum { ALIGN_BYTES = 64 };
+enum { ALIGN_BYTES = 64, PAGE_BYTES = 4096 };
+static_assert((ALIGN_BYTES & (ALIGN_BYTES - 1)) == 0, "rounded up by a mask");
 
 static _Atomic uint64_t n_allocations;
 static _Atomic uint64_t fail_at; /* value of n_allocations that fails; 0: none */
@@ -37,6 +40,7 @@ void *winnow_alloc_array(size_t n_items, size_t item_bytes)
 
 void winnow_alloc_free(void *memory)
 {
+    winnow_assert((uintptr_t)memory % ALIGN_BYTES == 0);
     free(memory);
 }
 
@@ -54,6 +58,7 @@ void *winnow_alloc_map(size_t n_bytes)
 
 void winnow_alloc_unmap(void *memory, size_t n_bytes)
 {
+    winnow_assert((uintptr_t)memory % PAGE_BYTES == 0);
     if (memory)
         munmap(memory, n_bytes);
 }

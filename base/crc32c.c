@@ -1,12 +1,15 @@
 // CRC32C by hardware: three independent streams hide the instruction's latency of 3 cycles; their
 // sums are joined by advancing one over the other's length with tables (a CRC is linear: appending
 // zeros is a matrix, here applied byte by byte). One stream alone reaches a third of the rate.
+#include <assert.h>
+#include <base/assert.h>
 #include <base/crc32c.h>
 #include <nmmintrin.h>
 #include <pthread.h>
 #include <string.h>
 
 enum { STREAM_BYTES = 1024 }; /* of each of the three */
+static_assert(STREAM_BYTES % sizeof(uint64_t) == 0, "a stream is whole words");
 
 static uint32_t byte_table[256];
 static uint32_t advance_table[4][256]; /* a sum, followed by STREAM_BYTES zeros */
@@ -34,6 +37,7 @@ static void tables_fill(void)
 
 uint32_t winnow_crc32c_table(uint32_t crc, const void *data, size_t n_bytes)
 {
+    winnow_assert(data || n_bytes == 0);
     pthread_once(&tables_once, tables_fill);
     const uint8_t *byte = data;
     crc = ~crc;
@@ -80,6 +84,7 @@ uint32_t winnow_crc32c(uint32_t crc, const void *data, size_t n_bytes)
 {
     if (!__builtin_cpu_supports("sse4.2"))
         return winnow_crc32c_table(crc, data, n_bytes);
+    winnow_assert(data || n_bytes == 0);
     pthread_once(&tables_once, tables_fill);
     return crc32c_sse42(crc, data, n_bytes);
 }

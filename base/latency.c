@@ -1,11 +1,16 @@
+#include <assert.h>
 #include <base/assert.h>
 #include <base/clock.h>
 #include <base/latency.h>
 #include <stddef.h>
 
+static_assert(WINNOW_N_LATENCIES % 4 == 2, "whole octaves, what is below and what is above");
+static_assert(WINNOW_N_LATENCIES / 4 < 50, "the end of the last bucket fits nanoseconds");
+
 /* Bucket 0 ends at 1 us; bucket 4 o + q + 1 ends at (1 + (q + 1) / 4) 2^o us. */
 static int64_t bucket_end_ns(uint32_t bucket)
 {
+    winnow_assert(bucket < WINNOW_N_LATENCIES);
     if (bucket == 0)
         return WINNOW_NS_PER_US;
     uint32_t octave = (bucket - 1) / 4, quarter = (bucket - 1) % 4;

@@ -1,3 +1,4 @@
+#include <base/assert.h>
 #include <base/clock.h>
 #include <base/log.h>
 #include <pthread.h>
@@ -70,12 +71,16 @@ static int prefix_format(char *line, size_t line_bytes, enum winnow_log_level le
 
 void winnow_log(enum winnow_log_level level, const char *event, const char *format, ...)
 {
+    winnow_assert(level >= WINNOW_LOG_ERROR);
+    winnow_assert(level <= WINNOW_LOG_INFO);
+    winnow_assert(event[0]);
     uint64_t n_held = 0;
     if (level != WINNOW_LOG_NOTICE && !reason_passes(event, &n_held))
         return;
     char line[LINE_BYTES];
     int n = prefix_format(line, sizeof line, level);
     n += snprintf(line + n, sizeof line - (size_t)n, "%s ", event);
+    winnow_assert(n < LINE_BYTES / 2); /* an event is a word: the rest is the text's */
     va_list args;
     va_start(args, format);
     int n_text = vsnprintf(line + n, sizeof line - (size_t)n - 40, format, args);
@@ -86,6 +91,7 @@ void winnow_log(enum winnow_log_level level, const char *event, const char *form
     if (n_held)
         n += snprintf(line + n, sizeof line - (size_t)n, " repeated=%llu",
                       (unsigned long long)n_held);
+    winnow_assert(n < LINE_BYTES);
     line[n++] = '\n';
     fwrite(line, 1, (size_t)n, stderr);
 }

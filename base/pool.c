@@ -19,7 +19,8 @@ struct winnow_pool {
 
 int winnow_pool_create(uint32_t n_items, size_t item_bytes, struct winnow_pool **ret_pool)
 {
-    winnow_assert(n_items > 0 && n_items < UINT32_MAX);
+    winnow_assert(n_items > 0);
+    winnow_assert(n_items < UINT32_MAX);
     winnow_assert(item_bytes > 0);
     struct winnow_pool *pool = winnow_alloc(sizeof *pool);
     if (!pool)
@@ -60,8 +61,11 @@ void *winnow_pool_take(struct winnow_pool *pool)
     uint32_t item_idx = pool->first_free;
     if (item_idx == UINT32_MAX)
         return NULL;
+    winnow_assert(item_idx < pool->n_items);
     struct slot *slot = &pool->slot[item_idx];
     winnow_assert(!slot->taken);
+    winnow_assert(slot->generation > 0);
+    winnow_assert(pool->n_used < pool->n_items);
     pool->first_free = slot->next_free;
     slot->taken = true;
     pool->n_used++;
@@ -73,6 +77,7 @@ void winnow_pool_give(struct winnow_pool *pool, void *item)
     uint32_t item_idx = item_index(pool, item);
     struct slot *slot = &pool->slot[item_idx];
     winnow_assert(slot->taken);
+    winnow_assert(pool->n_used > 0);
     slot->taken = false;
     slot->generation = slot->generation == UINT32_MAX ? 1 : slot->generation + 1;
     slot->next_free = pool->first_free;

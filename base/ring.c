@@ -1,11 +1,13 @@
 // Vyukov's bounded queue. Each slot carries a sequence number: `position` when it is free for that
 // position's producer, `position + 1` when it holds that position's item. A producer claims a
 // position by compare-and-swap on `tail`, the consumer needs none: it is alone.
+#include <assert.h>
 #include <base/alloc.h>
 #include <base/assert.h>
 #include <base/ring.h>
 #include <errno.h>
 #include <stdatomic.h>
+#include <stddef.h>
 #include <string.h>
 
 enum { LINE_BYTES = 64 };
@@ -19,6 +21,9 @@ struct winnow_ring {
     _Alignas(LINE_BYTES) uint8_t slot[];   /* {_Atomic uint64_t sequence, item} */
 };
 
+static_assert(offsetof(struct winnow_ring, slot) % LINE_BYTES == 0, "no slot beside head");
+static_assert(sizeof(_Atomic uint64_t) == 8, "slots are sized for it");
+
 static _Atomic uint64_t *slot_sequence(struct winnow_ring *ring, uint64_t position)
 {
     return (_Atomic uint64_t *)(void *)(ring->slot + (position & ring->mask) * ring->slot_bytes);
@@ -31,8 +36,10 @@ static void *slot_item(struct winnow_ring *ring, uint64_t position)
 
 int winnow_ring_create(uint32_t n_items_max, uint32_t item_bytes, struct winnow_ring **ret_ring)
 {
-    winnow_assert(n_items_max > 0 && n_items_max <= UINT32_C(1) << 24);
-    winnow_assert(item_bytes > 0 && item_bytes <= 4096);
+    winnow_assert(n_items_max > 0);
+    winnow_assert(n_items_max <= UINT32_C(1) << 24);
+    winnow_assert(item_bytes > 0);
+    winnow_assert(item_bytes <= 4096);
     uint64_t n_slots = 2;
     while (n_slots < n_items_max)
         n_slots *= 2;

@@ -20,6 +20,7 @@ void winnow_rng_init(struct winnow_rng *rng, uint64_t seed)
 {
     for (int i = 0; i < 4; i++)
         rng->state[i] = splitmix_next(&seed);
+    winnow_assert(rng->state[0] | rng->state[1]); /* a state of zeros would stay so */
 }
 
 uint64_t winnow_rng_next(struct winnow_rng *rng)
@@ -53,5 +54,6 @@ double winnow_rng_unit(struct winnow_rng *rng)
 double winnow_rng_normal(struct winnow_rng *rng)
 {
     double u = 1.0 - winnow_rng_unit(rng), v = winnow_rng_unit(rng); /* Box and Muller 1958 */
+    winnow_assert(u > 0);
     return sqrt(-2.0 * log(u)) * cos(2.0 * M_PI * v);
 }

@@ -50,6 +50,7 @@ static void queue_init(struct queue *queue)
 
 static void queue_put(struct queue *queue, struct winnow_work *work)
 {
+    winnow_assert(!*queue->last);
     work->next = NULL;
     *queue->last = work;
     queue->last = &work->next;
@@ -61,6 +62,7 @@ static struct winnow_work *queue_take(struct queue *queue, uint32_t place)
     while (place--)
         at = &(*at)->next;
     struct winnow_work *work = *at;
+    winnow_assert(work);
     *at = work->next;
     if (queue->last == &work->next)
         queue->last = at;
@@ -72,7 +74,8 @@ static struct winnow_work *take_by_lane(struct winnow_team *team, uint32_t lane_
 {
     for (uint32_t lane = 0; lane <= lane_max; lane++)
         if (team->lane[lane].first) {
-            atomic_fetch_sub(&team->n_waiting, 1);
+            uint32_t n_waiting = atomic_fetch_sub(&team->n_waiting, 1);
+            winnow_assert(n_waiting > 0);
             return queue_take(&team->lane[lane], 0);
         }
     return NULL;
@@ -209,6 +212,7 @@ void winnow_team_destroy(struct winnow_team *team)
     pthread_mutex_unlock(&team->lock);
     for (uint32_t i = 0; i < team->n_started; i++)
         pthread_join(team->worker[i].thread, NULL);
+    winnow_assert(team->n_sleeping == 0);
     pthread_cond_destroy(&team->work_came);
     pthread_mutex_destroy(&team->lock);
     winnow_alloc_free(team->worker);
@@ -217,8 +221,10 @@ void winnow_team_destroy(struct winnow_team *team)
 
 void winnow_team_submit(struct winnow_team *team, struct winnow_work *work)
 {
+    winnow_assert(work->run);
     winnow_assert(work->lane < WINNOW_N_LANES);
     pthread_mutex_lock(&team->lock);
+    winnow_assert(!team->stopping);
     queue_put(&team->lane[work->lane], work);
     uint32_t n_waiting = atomic_fetch_add(&team->n_waiting, 1) + 1;
     bool wake = team->n_sleeping && n_waiting > atomic_load(&team->n_spinning);

@@ -3,6 +3,8 @@
 //   main thread     signals, listener, dead peers
 //   serving thread  gRPC and core (rpc/server.c)
 //   the team's workers; the store's I/O and sync threads
+#include <assert.h>
+#include <base/assert.h>
 #include <base/clock.h>
 #include <base/log.h>
 #include <base/team.h>
@@ -72,6 +74,11 @@ static int complain(const struct daemon *daemon)
     fputs(daemon->complaints.text, stderr);
     return EXIT_CONFIG;
 }
+
+static_assert(WINNOW_POLICY_CODES == 1, "policies are numbered as policy_of names them");
+static_assert(WINNOW_POLICY_TACTIC == 2, "its second");
+static_assert(WINNOW_POLICY_MOMENT == 3, "its third");
+static_assert(WINNOW_POLICY_EXACT == 4, "its last");
 
 static uint32_t policy_of(const char *word)
 {
@@ -164,6 +171,10 @@ static int find_gpu(struct daemon *daemon)
 /* Team, core: all memory is reserved here. */
 static int make_core(struct daemon *daemon)
 {
+    winnow_assert(daemon->rpc);
+    winnow_assert(daemon->kernels);
+    winnow_assert(daemon->limits.n_threads);
+    winnow_assert(!daemon->core);
     struct winnow_team_options team = {
         .n_workers = daemon->limits.n_threads - 1,
         .spin_us = TEAM_SPIN_US,
@@ -224,9 +235,12 @@ static int exit_of_store(int rc)
 
 static int open_store(struct daemon *daemon)
 {
+    winnow_assert(daemon->core);
+    winnow_assert(!daemon->store);
     void *arena;
     size_t arena_bytes;
     winnow_core_arena(daemon->core, &arena, &arena_bytes);
+    winnow_assert(arena_bytes);
     struct winnow_store_options options = {
         .dir = daemon->config.data_dir,
         .disk_cap_bytes = daemon->limits.disk_cap_bytes,
@@ -264,6 +278,9 @@ static void take_connection(void *rpc, int fd)
 
 static int open_listener(struct daemon *daemon)
 {
+    winnow_assert(daemon->rpc);
+    winnow_assert(!daemon->listener);
+    winnow_assert(daemon->signal_fd >= 0);
     struct winnow_listener_options options = {
         .path = daemon->config.socket,
         .uids = &daemon->config.allow_uids,
@@ -299,6 +316,7 @@ static void take_signals(const struct daemon *daemon)
 /* Running calls have their time; who cannot wait sends a second signal. */
 static void drain(struct daemon *daemon)
 {
+    winnow_assert(!daemon->listener);
     struct pollfd events[2] = {{.fd = daemon->served_fd, .events = POLLIN},
                                {.fd = daemon->signal_fd, .events = POLLIN}};
     take_signals(daemon);
@@ -313,6 +331,8 @@ static void drain(struct daemon *daemon)
 
 static int serve_until_signal(struct daemon *daemon)
 {
+    winnow_assert(daemon->listener);
+    winnow_assert(daemon->core);
     pthread_t thread;
     daemon->served_fd = eventfd(0, EFD_CLOEXEC);
     if (daemon->served_fd < 0) {
@@ -338,6 +358,8 @@ static int serve_until_signal(struct daemon *daemon)
 
 static int run(struct daemon *daemon, enum winnow_verb verb)
 {
+    winnow_assert(daemon->kernels);
+    winnow_assert(!daemon->complaints.n);
     struct winnow_rpc_options rpc = {
         .limits = &daemon->limits,
         .config = &daemon->config,

@@ -5,6 +5,7 @@
 // that gRPC sends. The last item's `done` runs on this same thread inside the core's step and starts
 // one batch {send reply k, receive k + 1}. Rejected: handing the items' slices to the core uncopied;
 // q of one item is 2 KiB, and alignment would be checked item by item.
+#include <assert.h>
 #include <base/alloc.h>
 #include <base/assert.h>
 #include <daemon/rpc/call.h>
@@ -13,6 +14,18 @@
 #include <stdio.h>
 #include <string.h>
 
+/* A reply's results fit one piece of an arena, whatever the items. */
+static_assert(WINNOW_WIRE_N_ITEMS_MAX *
+                      (sizeof(Winnow__V1__AttendResult) + sizeof(Winnow__V1__Certificate) +
+                       sizeof(Winnow__V1__AttendResult *)) <=
+                  WINNOW_WIRE_ARENA_BYTES - 64,
+              "reply's three arrays");
+static_assert((int)WINNOW_VERDICT_EXACT == (int)WINNOW__V1__VERDICT__VERDICT_EXACT, "the wire's");
+static_assert((int)WINNOW_VERDICT_MET == (int)WINNOW__V1__VERDICT__VERDICT_MET, "the wire's");
+static_assert((int)WINNOW_VERDICT_SHORT == (int)WINNOW__V1__VERDICT__VERDICT_SHORT, "the wire's");
+static_assert((int)WINNOW_VERDICT_DEGRADED == (int)WINNOW__V1__VERDICT__VERDICT_DEGRADED,
+              "the wire's");
+
 /* Sizes of one item's tensors on the wire. */
 struct item_bytes {
     size_t q, k, v, out, lse;
@@ -20,6 +33,8 @@ struct item_bytes {
 
 static struct item_bytes item_bytes_of(const struct winnow_model_shape *shape)
 {
+    winnow_assert(shape->io_dtype >= WINNOW_BF16);
+    winnow_assert(shape->io_dtype <= WINNOW_FP32);
     size_t element_bytes = shape->io_dtype == WINNOW_FP32 ? 4 : 2;
     return (struct item_bytes){
         .q = (size_t)shape->n_q_heads * shape->k_width * element_bytes,
@@ -32,6 +47,7 @@ static struct item_bytes item_bytes_of(const struct winnow_model_shape *shape)
 
 void winnow_rpc_certificate(const struct winnow_core_certificate *from, Winnow__V1__Certificate *to)
 {
+    winnow_assert(from->verdict <= WINNOW_VERDICT_DEGRADED);
     winnow__v1__certificate__init(to);
     to->verdict = (Winnow__V1__Verdict)from->verdict;
     to->reason = from->reason;
@@ -54,6 +70,7 @@ static void give_items(struct winnow_rpc_call *call)
     struct winnow_rpc_item *next;
     for (struct winnow_rpc_item *item = call->attend.first; item; item = next) {
         next = item->next;
+        winnow_assert(!item->is_busy);
         winnow_pool_give(call->rpc->items, item);
     }
     call->attend.first = NULL;
@@ -70,6 +87,7 @@ static void give_out(struct winnow_rpc_call *call)
 static void fill_result(const struct winnow_request *request, Winnow__V1__AttendResult *result,
                         Winnow__V1__Certificate *certificate)
 {
+    winnow_assert(request->status <= 0);
     winnow__v1__attend_result__init(result);
     result->status = request->status;
     result->tokens_held = request->n_held;
@@ -87,6 +105,9 @@ static void fill_result(const struct winnow_request *request, Winnow__V1__Attend
 /* Failed items' outputs are zeros: what the core left there is nobody's result. */
 static void clear_failed(struct winnow_rpc_attend *attend)
 {
+    winnow_assert(attend->has_out);
+    winnow_assert(GRPC_SLICE_LENGTH(attend->out) ==
+                  attend->n_items * (attend->out_item_bytes + attend->lse_item_bytes));
     uint8_t *out = GRPC_SLICE_START_PTR(attend->out);
     uint8_t *lse = out + attend->n_items * attend->out_item_bytes;
     for (struct winnow_rpc_item *item = attend->first; item; item = item->next) {
@@ -104,6 +125,9 @@ static void reply(struct winnow_rpc_call *call)
     struct winnow_rpc_attend *attend = &call->attend;
     struct winnow_wire_arena *arena = call->rpc->reply_arena;
     size_t n = attend->n_items;
+    winnow_assert(!attend->n_left);
+    winnow_assert(n);
+    winnow_assert(n <= WINNOW_WIRE_N_ITEMS_MAX);
     /* Sized so that WINNOW_WIRE_N_ITEMS_MAX of all three fit an arena. */
     Winnow__V1__AttendResult *result = winnow_wire_arena_take(arena, n * sizeof *result);
     Winnow__V1__Certificate *certificate = winnow_wire_arena_take(arena, n * sizeof *certificate);
@@ -118,6 +142,7 @@ static void reply(struct winnow_rpc_call *call)
         fill_result(&item->request, &result[i], &certificate[i]);
         results[i] = &result[i];
     }
+    winnow_assert(!item); /* as many as were counted */
     clear_failed(attend);
     Winnow__V1__AttendReply message = WINNOW__V1__ATTEND_REPLY__INIT;
     message.seq = attend->seq;
@@ -133,7 +158,8 @@ static void reply(struct winnow_rpc_call *call)
 
 static void attend_done(struct winnow_rpc_call *call, struct winnow_rpc_item *item)
 {
-    (void)item;
+    winnow_assert(item->call == call);
+    winnow_assert(call->attend.n_left);
     if (--call->attend.n_left)
         return;
     if (call->is_open)
@@ -248,6 +274,8 @@ static void point_item(struct winnow_rpc_attend *attend, struct winnow_rpc_item 
                        const struct item_bytes *bytes, uint32_t flags, size_t idx,
                        const uint8_t **data)
 {
+    winnow_assert(idx < attend->n_items);
+    winnow_assert(attend->has_out);
     uint8_t *out = GRPC_SLICE_START_PTR(attend->out);
     uint8_t *lse = out + attend->n_items * bytes->out;
     item->request.attend.q = *data;
@@ -264,6 +292,7 @@ static void point_item(struct winnow_rpc_attend *attend, struct winnow_rpc_item 
 
 static int take_items(struct winnow_rpc_call *call, size_t n)
 {
+    winnow_assert(!call->attend.first);
     struct winnow_rpc_item **link = &call->attend.first;
     for (size_t i = 0; i < n; i++) {
         struct winnow_rpc_item *item = winnow_pool_take(call->rpc->items);
@@ -300,6 +329,8 @@ static void submit_items(struct winnow_rpc_call *call, const Winnow__V1__AttendR
         else
             winnow_rpc_submit(item);
     }
+    winnow_assert((size_t)(data - call->attend.data) <= call->attend.data_bytes_max);
+    winnow_assert(call->attend.n_left);
     if (!--call->attend.n_left && call->is_open)
         reply(call);
 }
@@ -308,6 +339,9 @@ static void attend_message(struct winnow_rpc_call *call, const struct winnow_wir
 {
     const Winnow__V1__AttendRequest *request = message->message;
     struct winnow_rpc_attend *attend = &call->attend;
+    winnow_assert(!attend->first); /* one message in hand */
+    winnow_assert(!attend->n_left);
+    winnow_assert(!attend->has_out);
     const struct winnow_model *model = model_of(call, request);
     if (!model)
         return;
@@ -340,6 +374,7 @@ static void attend_end(struct winnow_rpc_call *call)
 
 static void attend_release(struct winnow_rpc_call *call)
 {
+    winnow_assert(!call->attend.n_left);
     give_items(call);
     give_out(call);
     winnow_alloc_free(call->attend.data);

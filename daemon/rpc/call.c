@@ -4,6 +4,7 @@
 // file: ops are zeroed, each batch has its own tag, a close watch is on every call, a call is
 // unreferenced after its last completion, buffers are destroyed after theirs. Only the serving
 // thread comes here; the core shares that thread, so its `done` may start batches.
+#include <assert.h>
 #include <base/alloc.h>
 #include <base/assert.h>
 #include <daemon/error.h>
@@ -21,8 +22,26 @@
 /* Room comes back when a session ends, at most this long after its client. */
 #define RETRY_AFTER_MS "100"
 
+static_assert((int)WINNOW_CODE_OK == (int)GRPC_STATUS_OK, "gRPC's");
+static_assert((int)WINNOW_CODE_CANCELLED == (int)GRPC_STATUS_CANCELLED, "gRPC's");
+static_assert((int)WINNOW_CODE_INVALID_ARGUMENT == (int)GRPC_STATUS_INVALID_ARGUMENT, "gRPC's");
+static_assert((int)WINNOW_CODE_DEADLINE_EXCEEDED == (int)GRPC_STATUS_DEADLINE_EXCEEDED, "gRPC's");
+static_assert((int)WINNOW_CODE_NOT_FOUND == (int)GRPC_STATUS_NOT_FOUND, "gRPC's");
+static_assert((int)WINNOW_CODE_PERMISSION_DENIED == (int)GRPC_STATUS_PERMISSION_DENIED, "gRPC's");
+static_assert((int)WINNOW_CODE_RESOURCE_EXHAUSTED == (int)GRPC_STATUS_RESOURCE_EXHAUSTED, "gRPC's");
+static_assert((int)WINNOW_CODE_FAILED_PRECONDITION == (int)GRPC_STATUS_FAILED_PRECONDITION,
+              "gRPC's");
+static_assert((int)WINNOW_CODE_ABORTED == (int)GRPC_STATUS_ABORTED, "gRPC's");
+static_assert((int)WINNOW_CODE_UNIMPLEMENTED == (int)GRPC_STATUS_UNIMPLEMENTED, "gRPC's");
+static_assert((int)WINNOW_CODE_INTERNAL == (int)GRPC_STATUS_INTERNAL, "gRPC's");
+static_assert((int)WINNOW_CODE_UNAVAILABLE == (int)GRPC_STATUS_UNAVAILABLE, "gRPC's");
+static_assert((int)WINNOW_CODE_DATA_LOSS == (int)GRPC_STATUS_DATA_LOSS, "gRPC's");
+static_assert((int)WINNOW_CODE_UNAUTHENTICATED == (int)GRPC_STATUS_UNAUTHENTICATED, "gRPC's");
+
 static void call_post(struct winnow_rpc *rpc, struct winnow_rpc_call *call)
 {
+    winnow_assert(!rpc->is_draining);
+    winnow_assert(rpc->n_posted < rpc->limits->n_posted);
     memset(call, 0, sizeof *call);
     call->rpc = rpc;
     call->timer_ns = WINNOW_NEVER_NS;
@@ -51,6 +70,13 @@ void winnow_rpc_call_post(struct winnow_rpc *rpc)
 static void call_release(struct winnow_rpc_call *call)
 {
     struct winnow_rpc *rpc = call->rpc;
+    winnow_assert(!call->is_open);
+    winnow_assert(!call->n_batches);
+    winnow_assert(!call->n_items);
+    winnow_assert(!call->is_receiving);
+    winnow_assert(!call->received);
+    winnow_assert(!call->sending);
+    winnow_assert(!call->range_bytes);
     if (call->method && call->method->release)
         call->method->release(call);
     for (size_t i = 0; i < sizeof call->trailer / sizeof *call->trailer; i++)
@@ -73,9 +99,13 @@ void winnow_rpc_call_release_if_over(struct winnow_rpc_call *call)
 static void call_start(struct winnow_rpc_call *call, const grpc_op *ops, size_t n_ops,
                        enum winnow_rpc_tag_kind kind)
 {
+    winnow_assert(kind < WINNOW_N_CALL_TAGS);
+    winnow_assert(kind != WINNOW_TAG_REQUEST);
+    winnow_assert(n_ops);
     grpc_call_error error = grpc_call_start_batch(call->call, ops, n_ops, &call->tag[kind], NULL);
     winnow_assert(error == GRPC_CALL_OK);
     call->n_batches++;
+    winnow_assert(call->n_batches <= WINNOW_N_CALL_TAGS);
 }
 
 static grpc_op op_receive(struct winnow_rpc_call *call)
@@ -97,7 +127,8 @@ static grpc_op op_send(struct winnow_rpc_call *call, const void *message, grpc_s
     winnow_assert(!call->sending);
     size_t tensor_bytes = tensor ? GRPC_SLICE_LENGTH(*tensor) : 0;
     grpc_slice slice[2] = {grpc_slice_malloc(winnow_wire_head_bytes(message, tensor_bytes))};
-    winnow_wire_head(message, tensor_bytes, GRPC_SLICE_START_PTR(slice[0]));
+    size_t n_head = winnow_wire_head(message, tensor_bytes, GRPC_SLICE_START_PTR(slice[0]));
+    winnow_assert(n_head == GRPC_SLICE_LENGTH(slice[0]));
     if (tensor)
         slice[1] = *tensor;
     call->sending = grpc_raw_byte_buffer_create(slice, tensor ? 2 : 1);
@@ -115,6 +146,7 @@ static grpc_op op_send(struct winnow_rpc_call *call, const void *message, grpc_s
 
 void winnow_rpc_call_begin(struct winnow_rpc_call *call)
 {
+    winnow_assert(call->is_open);
     grpc_op op[2];
     memset(op, 0, sizeof op);
     op[0].op = GRPC_OP_RECV_CLOSE_ON_SERVER;
@@ -131,6 +163,7 @@ void winnow_rpc_call_begin(struct winnow_rpc_call *call)
 
 void winnow_rpc_call_receive(struct winnow_rpc_call *call)
 {
+    winnow_assert(call->is_open);
     grpc_op op = op_receive(call);
     call_start(call, &op, 1, WINNOW_TAG_MESSAGE);
 }
@@ -138,6 +171,7 @@ void winnow_rpc_call_receive(struct winnow_rpc_call *call)
 void winnow_rpc_call_send(struct winnow_rpc_call *call, const void *message, grpc_slice *tensor,
                           bool then_receive)
 {
+    winnow_assert(call->is_open);
     enum winnow_rpc_tag_kind kind = then_receive ? WINNOW_TAG_MESSAGE : WINNOW_TAG_SENT;
     grpc_op op[2] = {op_send(call, message, tensor, kind)};
     if (then_receive)
@@ -148,6 +182,7 @@ void winnow_rpc_call_send(struct winnow_rpc_call *call, const void *message, grp
 static void call_close(struct winnow_rpc_call *call)
 {
     winnow_assert(call->is_open);
+    winnow_assert(call->rpc->n_open);
     call->is_open = false;
     call->rpc->n_open--;
     call->timer_ns = WINNOW_NEVER_NS;
@@ -166,6 +201,10 @@ struct last_words {
 static void call_finish(struct winnow_rpc_call *call, const struct last_words *words,
                         const void *message)
 {
+    winnow_assert(call->is_open);
+    winnow_assert(words->error <= 0);
+    winnow_assert(!words->error || words->text);
+    winnow_assert(!words->error || !message);
     grpc_op op[2];
     memset(op, 0, sizeof op);
     size_t n_ops = 0;
@@ -209,6 +248,7 @@ void winnow_rpc_call_end(struct winnow_rpc_call *call)
 
 void winnow_rpc_call_fail(struct winnow_rpc_call *call, int error, const char *format, ...)
 {
+    winnow_assert(error < 0);
     char text[256];
     va_list args;
     va_start(args, format);
@@ -220,6 +260,7 @@ void winnow_rpc_call_fail(struct winnow_rpc_call *call, int error, const char *f
 void winnow_rpc_call_fail_request(struct winnow_rpc_call *call,
                                   const struct winnow_request *request)
 {
+    winnow_assert(request->status < 0);
     const char *text = request->text;
     if (request->status == -ENOENT)
         text = WINNOW_NO_SUCH_SESSION;
@@ -238,6 +279,7 @@ void winnow_rpc_call_cancel(struct winnow_rpc_call *call)
 
 void winnow_rpc_call_set_timer(struct winnow_rpc_call *call, int64_t when_ns)
 {
+    winnow_assert(call->is_open);
     call->timer_ns = when_ns;
     if (when_ns < call->rpc->next_timer_ns)
         call->rpc->next_timer_ns = when_ns;
@@ -246,6 +288,7 @@ void winnow_rpc_call_set_timer(struct winnow_rpc_call *call, int64_t when_ns)
 int64_t winnow_rpc_call_deadline(const struct winnow_rpc_call *call, uint64_t deadline_us,
                                  int64_t default_ns)
 {
+    winnow_assert(default_ns > 0);
     int64_t relative_ns = default_ns;
     if (deadline_us && deadline_us < INT64_MAX / 4096)
         relative_ns = (int64_t)deadline_us * WINNOW_NS_PER_US;
@@ -265,6 +308,8 @@ static int64_t deadline_of(gpr_timespec when)
 static void on_request(struct winnow_rpc_call *call, bool ok)
 {
     struct winnow_rpc *rpc = call->rpc;
+    winnow_assert(!call->is_open);
+    winnow_assert(rpc->n_posted);
     rpc->n_posted--;
     if (!ok) /* the server shuts down; the call was never open */
         return;
@@ -276,6 +321,7 @@ static void on_request(struct winnow_rpc_call *call, bool ok)
     call->deadline_ns = deadline_of(call->details.deadline);
     call->is_open = true;
     rpc->n_open++;
+    winnow_assert(rpc->n_open + rpc->n_posted <= winnow_pool_used(rpc->calls));
     winnow_rpc_call_begin(call);
     uint32_t n_max = rpc->limits->n_calls_max;
     if (call->method->is_stream)
@@ -315,6 +361,8 @@ static uint32_t slices_of(struct winnow_rpc *rpc, grpc_byte_buffer *buffer, grpc
 
 static void take_message(struct winnow_rpc_call *call, grpc_byte_buffer *buffer)
 {
+    winnow_assert(call->method->message);
+    winnow_assert(call->method->request);
     struct winnow_rpc *rpc = call->rpc;
     grpc_slice joined;
     struct winnow_wire_message message;
@@ -337,6 +385,7 @@ static void take_message(struct winnow_rpc_call *call, grpc_byte_buffer *buffer)
 
 static void on_message(struct winnow_rpc_call *call, bool ok)
 {
+    winnow_assert(call->is_receiving);
     grpc_byte_buffer *buffer = call->received;
     call->received = NULL;
     call->is_receiving = false;
@@ -353,6 +402,9 @@ static void on_message(struct winnow_rpc_call *call, bool ok)
 void winnow_rpc_call_complete(struct winnow_rpc_tag *tag, bool ok)
 {
     struct winnow_rpc_call *call = tag->call;
+    winnow_assert(tag->kind < WINNOW_N_CALL_TAGS);
+    winnow_assert(tag == &call->tag[tag->kind]);
+    winnow_assert(call->n_batches);
     if (call->sending && call->sending_kind == tag->kind) {
         grpc_byte_buffer_destroy(call->sending);
         call->sending = NULL;

@@ -12,6 +12,7 @@
  */
 #pragma once
 
+#include <assert.h>
 #include <base/clock.h>
 #include <base/pool.h>
 #include <core/core.h>
@@ -49,6 +50,8 @@ struct winnow_rpc_item {
     int64_t submitted_ns;
     bool is_busy; /* in the core */
 };
+
+static_assert(offsetof(struct winnow_rpc_item, request) == 0, "done casts it back");
 
 /* Every hook runs on an open call only; a NULL hook is not needed. */
 struct winnow_rpc_method {
@@ -128,6 +131,17 @@ struct winnow_rpc_open {
     uint64_t session_id;                   /* of the session opened before by the same request id */
     char label[65];
 };
+
+static_assert(sizeof((struct winnow_rpc_open *)0)->label == WINNOW_WIRE_LABEL_BYTES_MAX + 1,
+              "and a NUL");
+static_assert(sizeof((struct winnow_rpc_row *)0)->label == WINNOW_WIRE_LABEL_BYTES_MAX + 1,
+              "and a NUL");
+static_assert(sizeof((struct winnow_rpc_open *)0)->request_id == WINNOW_WIRE_ID_BYTES,
+              "the wire's");
+static_assert(sizeof((struct winnow_rpc_upload *)0)->append_id == WINNOW_WIRE_ID_BYTES,
+              "the wire's");
+static_assert(sizeof((struct winnow_rpc_open *)0)->weights_id == WINNOW_WIRE_FINGERPRINT_BYTES,
+              "a hash");
 
 struct winnow_rpc_call {
     struct winnow_rpc *rpc;

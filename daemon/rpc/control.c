@@ -1,5 +1,7 @@
 // The unary methods about sessions: Info, OpenSession, Fork, Truncate, Close. Each is one message,
 // at most one request in the core, one answer.
+#include <assert.h>
+#include <base/assert.h>
 #include <base/log.h>
 #include <ctype.h>
 #include <daemon/fingerprint.h>
@@ -10,6 +12,22 @@
 #include <string.h>
 
 enum { N_LAYERS_MAX = 256, N_HEADS_MAX = 1024, BRANCH_BYTES_MAX = 32 };
+
+static_assert((int)WINNOW_POLICY_CODES == (int)WINNOW__V1__POLICY__POLICY_CODES, "the wire's");
+static_assert((int)WINNOW_POLICY_TACTIC == (int)WINNOW__V1__POLICY__POLICY_TACTIC, "the wire's");
+static_assert((int)WINNOW_POLICY_MOMENT == (int)WINNOW__V1__POLICY__POLICY_MOMENT, "the wire's");
+static_assert((int)WINNOW_POLICY_EXACT == (int)WINNOW__V1__POLICY__POLICY_EXACT, "the wire's");
+static_assert((int)WINNOW_BF16 == (int)WINNOW__V1__DTYPE__DTYPE_BF16, "the wire's");
+static_assert((int)WINNOW_FP16 == (int)WINNOW__V1__DTYPE__DTYPE_FP16, "the wire's");
+static_assert((int)WINNOW_FP32 == (int)WINNOW__V1__DTYPE__DTYPE_FP32, "the wire's");
+static_assert(sizeof((struct winnow_rpc_open *)0)->branch == BRANCH_BYTES_MAX, "its room");
+static_assert(sizeof((struct winnow_request *)0)->open.label == WINNOW_WIRE_LABEL_BYTES_MAX + 1,
+              "and a NUL");
+static_assert(sizeof((struct winnow_registry_session *)0)->label == WINNOW_WIRE_LABEL_BYTES_MAX + 1,
+              "and a NUL");
+static_assert(sizeof((struct winnow_registry_session *)0)->fingerprint ==
+                  WINNOW_WIRE_FINGERPRINT_BYTES,
+              "the wire's");
 
 static void fail_without_message(struct winnow_rpc_call *call)
 {
@@ -26,6 +44,7 @@ static void give_back(struct winnow_rpc_call *call, struct winnow_rpc_item *item
 static struct winnow_request *own_request(struct winnow_rpc_call *call, uint32_t kind,
                                           uint64_t session_id)
 {
+    winnow_assert(!call->own.is_busy);
     struct winnow_request *request = &call->own.request;
     memset(request, 0, sizeof *request);
     request->kind = kind;
@@ -119,6 +138,8 @@ const struct winnow_rpc_method winnow_rpc_info = {
 
 static void open_answer(struct winnow_rpc_call *call, const struct winnow_registry_session *session)
 {
+    winnow_assert(session->lease);
+    winnow_assert(session->model->n_sessions);
     Winnow__V1__OpenSessionReply reply = WINNOW__V1__OPEN_SESSION_REPLY__INIT;
     reply.session = session->id;
     reply.model = session->model->number;
@@ -273,6 +294,8 @@ static void open_message(struct winnow_rpc_call *call, const struct winnow_wire_
 /* Closes a session that nobody was told of. */
 static void close_untold(struct winnow_rpc_call *call, uint64_t session_id)
 {
+    winnow_assert(session_id);
+    winnow_assert(call->open.lease_id);
     own_request(call, WINNOW_REQUEST_CLOSE, session_id)->owner = call->open.lease_id;
     call->own.request.deadline_ns = WINNOW_NEVER_NS;
     winnow_rpc_submit(&call->own);
@@ -290,6 +313,8 @@ static struct winnow_registry_session *register_session(struct winnow_rpc_call *
             : NULL;
     if (!session)
         return NULL;
+    winnow_assert(session->lease->id == call->open.lease_id);
+    winnow_assert(strlen(label) < sizeof session->label);
     memcpy(session->request_id, call->open.request_id, 16);
     strcpy(session->label, label);
     winnow_session_name(rpc->boot_id, session_id, session->name);
@@ -299,11 +324,13 @@ static struct winnow_registry_session *register_session(struct winnow_rpc_call *
 static void open_done(struct winnow_rpc_call *call, struct winnow_rpc_item *item)
 {
     struct winnow_request *request = &item->request;
+    winnow_assert(call->open.lease_id);
     if (request->kind == WINNOW_REQUEST_CLOSE) {
         if (call->is_open)
             winnow_rpc_call_fail(call, -ESTALE, "the lease has ended. hint: take one");
         return;
     }
+    winnow_assert(call->open.model->n_sessions);
     call->open.model->n_sessions--;
     if (request->status < 0) {
         give_back(call, item);
@@ -319,6 +346,7 @@ static void open_done(struct winnow_rpc_call *call, struct winnow_rpc_item *item
     session->epoch = request->epoch;
     session->segment_tokens = request->open.ret_segment_tokens;
     session->n_sinks = request->open.ret_n_sinks;
+    winnow_assert(session->segment_tokens);
     session->block_layout = request->open.shape.block_layout; /* the core's choice */
     struct winnow_identity identity = {
         .shape = request->open.shape,
@@ -368,9 +396,11 @@ static void fork_message(struct winnow_rpc_call *call, const struct winnow_wire_
     if (is_repeat(call, parent->lease, &fork->request_id)) {
         struct winnow_registry_session *session =
             winnow_registry_session_find(call->rpc->registry, call->open.session_id, parent->lease);
+        winnow_assert(session);
         fork_answer(call, session, session->n_forked);
         return;
     }
+    winnow_assert(parent->model->n_sessions);
     call->open.model = parent->model;
     call->open.model->n_sessions++;
     call->open.parent = *parent;
@@ -385,6 +415,7 @@ static void fork_done(struct winnow_rpc_call *call, struct winnow_rpc_item *item
         open_done(call, item);
         return;
     }
+    winnow_assert(call->open.model->n_sessions);
     call->open.model->n_sessions--;
     if (request->status < 0) {
         give_back(call, item);
@@ -397,6 +428,7 @@ static void fork_done(struct winnow_rpc_call *call, struct winnow_rpc_item *item
         return;
     }
     session->epoch = request->epoch;
+    winnow_assert(session->model == call->open.parent.model);
     session->n_forked = request->n_held;
     session->segment_tokens = call->open.parent.segment_tokens;
     session->block_layout = call->open.parent.block_layout;

@@ -3,13 +3,21 @@
 // A lease ends when its stream does: by the client, with its connection, or with its process (the
 // listener shuts a dead peer's connection down). The core then closes every session of the owner;
 // the call stays until that is done, so a drained server holds nothing.
+#include <assert.h>
+#include <base/assert.h>
 #include <base/log.h>
 #include <daemon/rpc/call.h>
 #include <errno.h>
 #include <string.h>
 
+static_assert(sizeof((struct winnow_lease *)0)->token == WINNOW_WIRE_ID_BYTES, "the wire's");
+static_assert(GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__UNKNOWN == 0,
+              "a watcher that was told nothing");
+
 static void lease_send(struct winnow_rpc_call *call, Winnow__V1__LeaseEvent__Kind kind)
 {
+    winnow_assert(!call->sending);
+    winnow_assert(call->lease.lease);
     Winnow__V1__LeaseEvent event = WINNOW__V1__LEASE_EVENT__INIT;
     event.kind = kind;
     if (kind == WINNOW__V1__LEASE_EVENT__KIND__KIND_GRANTED) {
@@ -21,6 +29,8 @@ static void lease_send(struct winnow_rpc_call *call, Winnow__V1__LeaseEvent__Kin
 
 static void lease_begin(struct winnow_rpc_call *call)
 {
+    winnow_assert(!call->lease.lease);
+    winnow_assert(!call->lease_id);
     struct winnow_rpc *rpc = call->rpc;
     call->lease.lease = winnow_lease_take(rpc->registry);
     if (!call->lease.lease) {
@@ -35,6 +45,7 @@ static void lease_begin(struct winnow_rpc_call *call)
 /* One event at a time is on its way; what came up meanwhile follows. */
 static void lease_push(struct winnow_rpc_call *call)
 {
+    winnow_assert(call->is_open);
     if (call->sending)
         return;
     if (call->lease.is_draining_wanted) {
@@ -59,6 +70,9 @@ static void lease_end(struct winnow_rpc_call *call)
     struct winnow_lease *lease = call->lease.lease;
     if (!lease)
         return;
+    winnow_assert(!call->is_open);
+    winnow_assert(!call->own.is_busy);
+    winnow_assert(call->lease_id == lease->id);
     struct winnow_request *request = &call->own.request;
     memset(request, 0, sizeof *request);
     request->kind = WINNOW_REQUEST_CLOSE_OWNER;
@@ -74,7 +88,8 @@ static void lease_end(struct winnow_rpc_call *call)
 
 static void lease_done(struct winnow_rpc_call *call, struct winnow_rpc_item *item)
 {
-    (void)call;
+    winnow_assert(!call->is_open);
+    winnow_assert(item->request.kind == WINNOW_REQUEST_CLOSE_OWNER);
     if (item->request.status < 0)
         winnow_log(WINNOW_LOG_ERROR, "lease_close", "errno=%d text=\"%s\"", -item->request.status,
                    item->request.text);
@@ -82,6 +97,7 @@ static void lease_done(struct winnow_rpc_call *call, struct winnow_rpc_item *ite
 
 void winnow_rpc_lease_drain(struct winnow_rpc_call *call)
 {
+    winnow_assert(call->method == &winnow_rpc_lease);
     call->lease.is_draining_wanted = true;
     lease_push(call);
 }
@@ -130,6 +146,7 @@ const struct winnow_rpc_method winnow_rpc_health_check = {
 
 void winnow_rpc_watch_push(struct winnow_rpc_call *call)
 {
+    winnow_assert(call->method == &winnow_rpc_health_watch);
     Grpc__Health__V1__HealthCheckResponse reply = GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__INIT;
     reply.status = winnow_rpc_is_healthy(call->rpc)
                        ? GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__SERVING

@@ -7,6 +7,7 @@
 // a tag to the queue, once until it is seen: an empty batch on a call to nowhere, the one door of
 // the C API to do so from any thread. Rejected: registered methods, each with posted requests of
 // its own; one kind of posted call cannot forget a method, and unknown ones are answered.
+#include <assert.h>
 #include <base/alloc.h>
 #include <base/assert.h>
 #include <base/log.h>
@@ -23,6 +24,11 @@
 enum { N_REFUSALS_MAX = 32 };
 
 static const struct winnow_rpc_method no_method = {.path = ""};
+
+static_assert(sizeof((struct winnow_rpc *)0)->boot_id == WINNOW_WIRE_ID_BYTES, "the wire's");
+static_assert(WINNOW_TAG_WAKE >= WINNOW_N_CALL_TAGS, "no call's tag");
+static_assert((int)WINNOW_LOOKAHEAD_BYTES <= (int)WINNOW_WIRE_CHUNK_BYTES_MAX,
+              "less than a message");
 
 const struct winnow_rpc_method *winnow_rpc_method_find(const char *path, size_t n_bytes)
 {
@@ -69,6 +75,11 @@ static grpc_server *server_create(void)
 static int tables_create(struct winnow_rpc *rpc)
 {
     const struct winnow_limits *limits = rpc->limits;
+    winnow_assert(limits->n_posted);
+    winnow_assert(limits->n_calls_reserved < limits->n_calls_max);
+    winnow_assert(limits->n_items_max >= WINNOW_WIRE_N_ITEMS_MAX); /* one message's fit */
+    winnow_assert(limits->in_flight_bytes >= WINNOW_WIRE_CHUNK_BYTES_MAX);
+    winnow_assert(limits->window_bytes <= limits->in_flight_bytes);
     uint32_t n_calls = limits->n_calls_max + limits->n_posted + N_REFUSALS_MAX;
     int rc = winnow_pool_create(n_calls, sizeof(struct winnow_rpc_call), &rpc->calls);
     if (!rc)
@@ -89,6 +100,8 @@ static int tables_create(struct winnow_rpc *rpc)
 
 int winnow_rpc_create(const struct winnow_rpc_options *options, struct winnow_rpc **ret_rpc)
 {
+    winnow_assert(options->limits);
+    winnow_assert(options->config);
     struct winnow_rpc *rpc = winnow_alloc(sizeof *rpc);
     if (!rpc)
         return -ENOMEM;
@@ -131,6 +144,7 @@ void winnow_rpc_wake(void *arg)
 
 void winnow_rpc_add_connection(struct winnow_rpc *rpc, int fd)
 {
+    winnow_assert(fd >= 0);
     grpc_server_credentials *credentials = grpc_insecure_server_credentials_create();
     grpc_server_add_channel_from_fd(rpc->server, fd, credentials);
     grpc_server_credentials_release(credentials);
@@ -138,6 +152,7 @@ void winnow_rpc_add_connection(struct winnow_rpc *rpc, int fd)
 
 void winnow_rpc_drain(struct winnow_rpc *rpc, int64_t deadline_ns)
 {
+    winnow_assert(deadline_ns != WINNOW_NEVER_NS);
     atomic_store(&rpc->drain_deadline_ns, deadline_ns);
     winnow_rpc_wake(rpc);
 }
@@ -146,6 +161,7 @@ void winnow_rpc_drain(struct winnow_rpc *rpc, int64_t deadline_ns)
 static void micros_fill(struct winnow_rpc_item *item)
 {
     int64_t took_ns = winnow_clock_now_ns() - item->submitted_ns;
+    winnow_assert(took_ns >= 0);
     uint32_t micros = (uint32_t)(took_ns / WINNOW_NS_PER_US);
     if (item->request.kind == WINNOW_REQUEST_ATTEND) {
         item->request.attend.certificate.micros = micros;
@@ -158,8 +174,12 @@ static void item_done(struct winnow_request *request)
 {
     struct winnow_rpc_item *item = (struct winnow_rpc_item *)request;
     struct winnow_rpc_call *call = item->call;
+    winnow_assert(item->request.user == item);
+    winnow_assert(item->request.status <= 0);
+    winnow_assert(item->is_busy);
+    winnow_assert(call->n_items);
+    winnow_assert(call->method->done);
     micros_fill(item);
-    winnow_assert(item->is_busy && call->n_items);
     item->is_busy = false;
     call->n_items--;
     call->method->done(call, item);
@@ -181,6 +201,9 @@ static int64_t step(struct winnow_rpc *rpc, int64_t now_ns)
 void winnow_rpc_submit(struct winnow_rpc_item *item)
 {
     struct winnow_rpc *rpc = item->call->rpc;
+    winnow_assert(!item->is_busy);
+    winnow_assert(item->request.kind >= WINNOW_REQUEST_OPEN);
+    winnow_assert(item->request.kind <= WINNOW_REQUEST_STATS);
     item->is_busy = true;
     item->call->n_items++;
     item->request.done = item_done;
@@ -201,6 +224,7 @@ void winnow_rpc_submit(struct winnow_rpc_item *item)
 
 void winnow_rpc_cancel_items(struct winnow_rpc *rpc, uint64_t lease_id)
 {
+    winnow_assert(lease_id);
     for (uint32_t i = 0; i < winnow_pool_size(rpc->calls); i++) {
         struct winnow_rpc_call *call = winnow_pool_at(rpc->calls, i);
         if (call && call->lease_id == lease_id && call->own.is_busy)
@@ -215,8 +239,13 @@ void winnow_rpc_cancel_items(struct winnow_rpc *rpc, uint64_t lease_id)
 
 static void grant_waiting(struct winnow_rpc *rpc)
 {
+    winnow_assert((rpc->waiting == NULL) == (rpc->waiting_end == &rpc->waiting));
+    winnow_assert(*rpc->waiting_end == NULL);
     while (rpc->waiting) {
         struct winnow_rpc_call *call = rpc->waiting;
+        winnow_assert(call->is_open);
+        winnow_assert(call->range_bytes);
+        winnow_assert(!call->range);
         call->range = winnow_inflight_take(rpc->inflight, call->range_bytes);
         if (!call->range)
             return;
@@ -229,7 +258,10 @@ static void grant_waiting(struct winnow_rpc *rpc)
 
 void winnow_rpc_reserve(struct winnow_rpc_call *call, uint64_t n_bytes)
 {
-    winnow_assert(!call->range_bytes && n_bytes);
+    winnow_assert(call->method->reserved);
+    winnow_assert(!call->range_bytes);
+    winnow_assert(n_bytes);
+    winnow_assert(n_bytes <= call->rpc->limits->in_flight_bytes); /* or it waits for ever */
     call->range_bytes = n_bytes;
     call->next_waiting = NULL;
     *call->rpc->waiting_end = call;
@@ -247,8 +279,10 @@ void winnow_rpc_unreserve(struct winnow_rpc_call *call)
         call->range = NULL;
     } else {
         struct winnow_rpc_call **link = &rpc->waiting;
-        while (*link != call)
+        while (*link != call) {
+            winnow_assert(*link);
             link = &(*link)->next_waiting;
+        }
         *link = call->next_waiting;
         if (!*link)
             rpc->waiting_end = link;
@@ -269,6 +303,8 @@ struct winnow_registry_session *winnow_rpc_session(struct winnow_rpc_call *call,
         winnow_rpc_call_fail(call, -ENOENT, WINNOW_NO_SUCH_SESSION);
         return NULL;
     }
+    winnow_assert(session->lease == lease);
+    winnow_assert(session->id == session_id);
     call->lease_id = lease->id;
     return session;
 }
@@ -286,6 +322,7 @@ static void run_timers(struct winnow_rpc *rpc, int64_t now_ns)
             winnow_rpc_call_set_timer(call, call->timer_ns);
             continue;
         }
+        winnow_assert(call->method->timeout);
         call->timer_ns = WINNOW_NEVER_NS;
         call->method->timeout(call);
     }
@@ -320,6 +357,8 @@ static void look_at_gpu(struct winnow_rpc *rpc)
 
 static void begin_drain(struct winnow_rpc *rpc)
 {
+    winnow_assert(!rpc->is_draining);
+    winnow_assert(rpc->n_posted <= winnow_pool_used(rpc->calls));
     rpc->is_draining = true;
     winnow_log(WINNOW_LOG_NOTICE, "draining", "calls=%u sessions=%u",
                winnow_pool_used(rpc->calls) - rpc->n_posted,
@@ -336,6 +375,7 @@ static void begin_drain(struct winnow_rpc *rpc)
 /* Streams end once nothing of theirs runs; leases last, since they hold the sessions. */
 static void go_on_draining(struct winnow_rpc *rpc, int64_t now_ns)
 {
+    winnow_assert(rpc->is_draining);
     bool is_late = now_ns >= atomic_load(&rpc->drain_deadline_ns), is_working = false;
     for (uint32_t pass = 0; pass < 2; pass++) {
         for (uint32_t i = 0; i < winnow_pool_size(rpc->calls); i++) {
@@ -355,6 +395,8 @@ static void go_on_draining(struct winnow_rpc *rpc, int64_t now_ns)
 static void hour_done(struct winnow_request *request)
 {
     struct winnow_rpc *rpc = request->user;
+    winnow_assert(request == &rpc->hour);
+    winnow_assert(rpc->is_hour_asked);
     char text[192];
     rpc->is_hour_asked = false;
     if (!request->status && winnow_journal_hour(&rpc->journal, &request->stats, text))
@@ -406,6 +448,9 @@ static gpr_timespec timespec_of(int64_t when_ns, int64_t now_ns)
 
 void winnow_rpc_run(struct winnow_rpc *rpc, struct winnow_core *core, struct winnow_store *store)
 {
+    winnow_assert(core);
+    winnow_assert(!rpc->core);
+    winnow_assert(!rpc->is_draining);
     rpc->core = core;
     rpc->store = store;
     rpc->started_ns = winnow_clock_now_ns();
@@ -432,6 +477,13 @@ void winnow_rpc_run(struct winnow_rpc *rpc, struct winnow_core *core, struct win
         if (event.type == GRPC_OP_COMPLETE)
             take_event(rpc, &event);
     }
+    winnow_assert(!rpc->n_open);
+    winnow_assert(!rpc->n_posted);
+    winnow_assert(!rpc->waiting);
+    winnow_assert(!winnow_pool_used(rpc->items));
+    winnow_assert(!winnow_inflight_used_bytes(rpc->inflight));
+    winnow_assert(!winnow_lease_count(rpc->registry));
+    winnow_assert(!winnow_registry_session_count(rpc->registry));
 }
 
 static void queue_drain(grpc_completion_queue *queue)
@@ -447,6 +499,8 @@ void winnow_rpc_destroy(struct winnow_rpc *rpc)
 {
     if (!rpc)
         return;
+    winnow_assert(!rpc->n_open);
+    winnow_assert(!rpc->is_stepping);
     if (rpc->server) {
         if (!rpc->is_shut_down) {
             grpc_server_shutdown_and_notify(rpc->server, rpc->queue, &rpc->shutdown_tag);

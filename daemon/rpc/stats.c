@@ -1,6 +1,8 @@
 // Stats: the daemon's totals and a row a session, or one session. The core answers for one session
 // at a time, so the rows are asked for one after the other by the call's own request.
+#include <assert.h>
 #include <base/alloc.h>
+#include <base/assert.h>
 #include <daemon/rpc/call.h>
 #include <errno.h>
 #include <grpc/byte_buffer.h>
@@ -13,8 +15,17 @@ enum {
                sizeof((struct winnow_core_stats *)0)->n_errors[0]
 };
 
+static_assert(WINNOW_VERDICT_DEGRADED < 5, "n_steps has a place a verdict");
+static_assert(sizeof((struct winnow_rpc_row *)0)->name ==
+                  sizeof((struct winnow_registry_session *)0)->name,
+              "what is shown of a session");
+static_assert(sizeof((struct winnow_rpc_row *)0)->label ==
+                  sizeof((struct winnow_registry_session *)0)->label,
+              "a copy");
+
 static void ask(struct winnow_rpc_call *call, uint64_t session_id, uint64_t owner)
 {
+    winnow_assert(!call->own.is_busy);
     struct winnow_request *request = &call->own.request;
     memset(request, 0, sizeof *request);
     request->kind = WINNOW_REQUEST_STATS;
@@ -107,6 +118,8 @@ static void set_daemon(const struct winnow_rpc *rpc, const struct winnow_store_f
 
 static void answer(struct winnow_rpc_call *call)
 {
+    winnow_assert(call->stats.n_rows <= WINNOW_WIRE_N_ROWS_MAX);
+    winnow_assert(call->stats.is_everything || !call->stats.n_rows);
     struct winnow_rpc_stats *state = &call->stats;
     Winnow__V1__StatsReply reply = WINNOW__V1__STATS_REPLY__INIT;
     struct winnow_store_facts facts = {.io = {.method = "none"}};
@@ -131,6 +144,7 @@ static void answer(struct winnow_rpc_call *call)
         count->n = state->total.n_errors[i];
         errors[reply.n_errors++] = count;
     }
+    winnow_assert(reply.n_errors < N_ERRNOS);
     reply.errors = errors;
     winnow_rpc_call_answer(call, &reply);
 }
@@ -163,6 +177,8 @@ static void set_row(struct winnow_rpc_row *row, const struct winnow_registry_ses
 /* The next session's row, or the answer. */
 static void next_row(struct winnow_rpc_call *call)
 {
+    winnow_assert(call->stats.is_everything);
+    winnow_assert(call->stats.row);
     struct winnow_rpc_stats *state = &call->stats;
     struct winnow_registry *registry = call->rpc->registry;
     while (state->n_rows < WINNOW_WIRE_N_ROWS_MAX &&
@@ -195,6 +211,7 @@ static void stats_message(struct winnow_rpc_call *call, const struct winnow_wire
             ask(call, request->session, call->lease_id);
         return;
     }
+    winnow_assert(!call->stats.row);
     call->stats.is_everything = true;
     call->stats.row = winnow_alloc_array(WINNOW_WIRE_N_ROWS_MAX, sizeof *call->stats.row);
     if (!call->stats.row)
@@ -207,6 +224,7 @@ static void stats_done(struct winnow_rpc_call *call, struct winnow_rpc_item *ite
 {
     struct winnow_rpc_stats *state = &call->stats;
     struct winnow_request *request = &item->request;
+    winnow_assert(request->kind == WINNOW_REQUEST_STATS);
     if (!call->is_open)
         return;
     if (!state->session_id) { /* the total, or the one session asked for */
@@ -220,6 +238,8 @@ static void stats_done(struct winnow_rpc_call *call, struct winnow_rpc_item *ite
             return;
         }
     } else if (!request->status) { /* a session that went meanwhile has no row */
+        winnow_assert(state->session_idx);
+        winnow_assert(state->n_rows < WINNOW_WIRE_N_ROWS_MAX);
         struct winnow_registry_session *session =
             winnow_registry_session_at(call->rpc->registry, state->session_idx - 1);
         if (session && session->id == state->session_id)

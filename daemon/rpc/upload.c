@@ -7,6 +7,7 @@
 //   Append       each chunk is one request in the core; the next is asked for when it is done
 //   AttendExact  chunks fill the window's k, v, q; whole, it is one request; out leaves in chunks.
 //                A broken stream therefore applies nothing. Another window may follow on the stream
+#include <assert.h>
 #include <base/assert.h>
 #include <daemon/rpc/call.h>
 #include <errno.h>
@@ -22,6 +23,8 @@ struct token_bytes {
 
 static struct token_bytes token_bytes_of(const struct winnow_model_shape *shape)
 {
+    winnow_assert(shape->io_dtype >= WINNOW_BF16);
+    winnow_assert(shape->io_dtype <= WINNOW_FP32);
     uint64_t element_bytes = shape->io_dtype == WINNOW_FP32 ? 4 : 2;
     return (struct token_bytes){
         .q = (uint64_t)shape->n_q_heads * shape->k_width * element_bytes,
@@ -40,6 +43,8 @@ static int64_t stall_time(void)
 /* Asks for the next message; one that does not come in time ends the stream. */
 static void receive(struct winnow_rpc_call *call)
 {
+    winnow_assert(call->upload.has_header);
+    winnow_assert(call->range);
     int64_t stall_ns = stall_time();
     int64_t deadline_ns = call->own.request.deadline_ns;
     winnow_rpc_call_set_timer(call, stall_ns < deadline_ns ? stall_ns : deadline_ns);
@@ -72,6 +77,8 @@ static void end(struct winnow_rpc_call *call)
 /* Begins the call's request of `kind`; its deadline is the stream's. */
 static void set_request(struct winnow_rpc_call *call, uint32_t kind, int64_t deadline_ns)
 {
+    winnow_assert(!call->own.is_busy);
+    winnow_assert(call->lease_id);
     struct winnow_request *request = &call->own.request;
     memset(request, 0, sizeof *request);
     request->kind = kind;
@@ -129,6 +136,9 @@ static void append_header(struct winnow_rpc_call *call, const Winnow__V1__Append
 
 static void append_submit(struct winnow_rpc_call *call, uint64_t first, uint32_t n_tokens)
 {
+    winnow_assert(n_tokens);
+    winnow_assert(call->upload.k >= call->range);
+    winnow_assert(call->upload.v >= call->upload.k);
     struct winnow_rpc_upload *upload = &call->upload;
     set_request(call, WINNOW_REQUEST_APPEND, call->own.request.deadline_ns);
     struct winnow_request *request = &call->own.request;
@@ -153,6 +163,8 @@ static void append_message(struct winnow_rpc_call *call, const struct winnow_wir
     uint64_t n_k = chunk->n_tokens * bytes.k, n_v = chunk->n_tokens * bytes.v;
     if (!check_chunk(call, chunk->n_tokens, message->tensor.n_bytes, n_k + n_v))
         return;
+    winnow_assert(call->range);
+    winnow_assert(n_k + n_v <= call->range_bytes);
     upload->k = call->range;
     upload->v = call->range + n_k;
     winnow_wire_tensor_copy(&message->tensor, 0, call->range, n_k + n_v);
@@ -163,6 +175,7 @@ static void append_done(struct winnow_rpc_call *call, struct winnow_rpc_item *it
 {
     struct winnow_request *request = &item->request;
     struct winnow_rpc_upload *upload = &call->upload;
+    winnow_assert(request->kind == WINNOW_REQUEST_APPEND);
     if (!call->is_open)
         return;
     uint64_t first = request->append.first, n_held = request->n_held;
@@ -171,6 +184,7 @@ static void append_done(struct winnow_rpc_call *call, struct winnow_rpc_item *it
     if (is_below && n_held < first + n_tokens) { /* the broken stream got this far */
         struct token_bytes bytes = token_bytes_of(&upload->shape);
         uint32_t n_skip = (uint32_t)(n_held - first);
+        winnow_assert(n_skip < n_tokens);
         upload->k += n_skip * bytes.k;
         upload->v += n_skip * bytes.v;
         append_submit(call, n_held, n_tokens - n_skip);
@@ -210,6 +224,8 @@ const struct winnow_rpc_method winnow_rpc_append = {
 };
 
 /* --- AttendExact --- */
+
+static_assert(WINNOW_WIRE_CHUNK_BYTES_MAX % 64 == 0, "a chunk is a whole number of paddings");
 
 static uint64_t pad(uint64_t n_bytes)
 {
@@ -263,6 +279,9 @@ static void exact_header(struct winnow_rpc_call *call, const Winnow__V1__AttendE
 
 static void exact_reserved(struct winnow_rpc_call *call)
 {
+    winnow_assert(call->range);
+    winnow_assert(call->upload.is_exact);
+    winnow_assert(!call->upload.n_kv);
     struct winnow_rpc_upload *upload = &call->upload;
     struct token_bytes bytes = token_bytes_of(&upload->shape);
     uint64_t n = upload->n_tokens;
@@ -271,12 +290,15 @@ static void exact_reserved(struct winnow_rpc_call *call)
     upload->v = upload->k + pad(n * bytes.k);
     upload->out = upload->v + pad(n * bytes.v);
     upload->lse = (float *)(void *)(upload->out + pad(n * bytes.out));
+    winnow_assert((uint8_t *)upload->lse + pad(n * bytes.lse) == call->range + call->range_bytes);
     receive(call);
 }
 
 static void exact_submit(struct winnow_rpc_call *call)
 {
     struct winnow_rpc_upload *upload = &call->upload;
+    winnow_assert(upload->n_kv == upload->n_tokens);
+    winnow_assert(upload->n_q == upload->n_tokens);
     set_request(call, WINNOW_REQUEST_EXACT, call->own.request.deadline_ns);
     struct winnow_request *request = &call->own.request;
     request->exact.layer = upload->layer;
@@ -299,6 +321,7 @@ static bool exact_chunk(struct winnow_rpc_call *call, const Winnow__V1__AttendEx
     bool is_kv = chunk->part == WINNOW__V1__ATTEND_EXACT_MESSAGE__PART__PART_KV;
     bool is_q = chunk->part == WINNOW__V1__ATTEND_EXACT_MESSAGE__PART__PART_Q;
     uint32_t *n_got = is_kv ? &upload->n_kv : &upload->n_q;
+    winnow_assert(*n_got <= upload->n_tokens);
     uint64_t n_k = chunk->n_chunk * bytes.k, n_v = chunk->n_chunk * bytes.v;
     if ((!is_kv && !is_q) || chunk->n_chunk > upload->n_tokens - *n_got) {
         winnow_rpc_call_fail(call, -EINVAL,
@@ -316,6 +339,7 @@ static bool exact_chunk(struct winnow_rpc_call *call, const Winnow__V1__AttendEx
         winnow_wire_tensor_copy(tensor, 0, upload->q + upload->n_q * bytes.q, tensor->n_bytes);
     }
     *n_got += chunk->n_chunk;
+    winnow_assert(*n_got <= upload->n_tokens);
     return true;
 }
 
@@ -341,6 +365,8 @@ static void exact_send(struct winnow_rpc_call *call)
     struct winnow_rpc_upload *upload = &call->upload;
     struct token_bytes bytes = token_bytes_of(&upload->shape);
     uint64_t n_lse = upload->want_lse ? bytes.lse : 0;
+    winnow_assert(call->range);
+    winnow_assert(upload->n_sent < upload->n_tokens);
     uint32_t n_left = upload->n_tokens - upload->n_sent;
     uint32_t n = (uint32_t)(WINNOW_WIRE_CHUNK_BYTES_MAX / (bytes.out + n_lse));
     n = n > n_left ? n_left : n ? n : 1;
@@ -352,6 +378,7 @@ static void exact_send(struct winnow_rpc_call *call)
         memcpy(to + n * bytes.out, (uint8_t *)upload->lse + upload->n_sent * bytes.lse,
                n * bytes.lse);
     upload->n_sent += n;
+    winnow_assert(upload->n_sent <= upload->n_tokens);
 
     Winnow__V1__AttendExactReply reply = WINNOW__V1__ATTEND_EXACT_REPLY__INIT;
     Winnow__V1__Certificate certificate;
@@ -370,6 +397,7 @@ static void exact_send(struct winnow_rpc_call *call)
 
 static void exact_sent(struct winnow_rpc_call *call)
 {
+    winnow_assert(call->upload.has_header);
     exact_send(call); /* the last chunk's batch receives, and so does not come here */
 }
 
@@ -381,6 +409,8 @@ static void exact_done(struct winnow_rpc_call *call, struct winnow_rpc_item *ite
         winnow_rpc_call_fail_request(call, &item->request);
         return;
     }
+    winnow_assert(item->request.kind == WINNOW_REQUEST_EXACT);
+    winnow_assert(!call->upload.n_sent);
     call->upload.certificate = item->request.exact.certificate;
     call->upload.n_held = item->request.n_held;
     exact_send(call);

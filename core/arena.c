@@ -12,6 +12,7 @@
 // 2 % and keep a session that ended its turn in memory for 80 tokens of the next instead of 20.
 // Rejected: counts that outlive the block in memory (10 % fewer misses for a byte a block of
 // index_memory and its upkeep); admission by chance (as good, and slower to follow).
+#include <assert.h>
 #include <base/alloc.h>
 #include <base/assert.h>
 #include <base/rng.h>
@@ -29,6 +30,13 @@ enum {
     N_TURNOVERS_HALVING = 4, /* times the pool's bytes evicted until a count is worth half */
 };
 
+static_assert(WINNOW_GRAIN_BYTES % WINNOW_STAGING_BYTES == 0, "staging is whole grains");
+static_assert(WINNOW_STAGING_BYTES % WINNOW_PAGE_BYTES == 0, "pieces are read into directly");
+static_assert(SLOTS_PER_GRAIN * WINNOW_PAGE_BYTES == WINNOW_GRAIN_BYTES,
+              "a slot is a page or more");
+static_assert(POOL_BYTES_MIN / WINNOW_GRAIN_BYTES > 1, "staging leaves grains");
+static_assert(N_SAMPLED <= N_DRAWN_MAX, "a sample is drawn");
+static_assert(N_USES_MAX <= UINT8_MAX, "n_uses");
 enum slot_kind { SLOT_FREE, SLOT_HELD, SLOT_CACHE, SLOT_DROPPED };
 
 struct slot {
@@ -41,6 +49,7 @@ struct slot {
     uint8_t n_uses, of_epoch; /* CACHE: its uses, as they stood in that epoch */
 };
 
+static_assert(sizeof(struct slot) <= 40, "winnow_core_fixed_bytes counts so many a page");
 struct grain {
     uint32_t class_idx; /* UINT32_MAX: free */
     uint32_t n_used;
@@ -80,12 +89,15 @@ static uint64_t grains_bytes(const struct winnow_arena *arena)
 
 static uint32_t slot_bytes(const struct winnow_arena *arena, uint32_t slot)
 {
+    winnow_assert(slot / SLOTS_PER_GRAIN < arena->n_grains);
+    winnow_assert(arena->grain[slot / SLOTS_PER_GRAIN].class_idx < arena->n_classes);
     return arena->class[arena->grain[slot / SLOTS_PER_GRAIN].class_idx].block_bytes;
 }
 
 int winnow_arena_create(uint64_t pool_bytes, winnow_arena_evict *evict,
                         struct winnow_arena **ret_arena)
 {
+    winnow_assert(evict);
     pool_bytes -= pool_bytes % WINNOW_GRAIN_BYTES;
     if (pool_bytes < POOL_BYTES_MIN ||
         pool_bytes / WINNOW_GRAIN_BYTES > UINT32_MAX / SLOTS_PER_GRAIN)
@@ -101,6 +113,8 @@ int winnow_arena_create(uint64_t pool_bytes, winnow_arena_evict *evict,
     arena->n_grains = (uint32_t)(pool_bytes / WINNOW_GRAIN_BYTES - staging_grains);
     arena->n_grains_free = arena->n_grains;
     arena->n_pieces = (uint32_t)(staging_grains * WINNOW_GRAIN_BYTES / WINNOW_STAGING_BYTES);
+    winnow_assert(grains_bytes(arena) + (uint64_t)arena->n_pieces * WINNOW_STAGING_BYTES ==
+                  pool_bytes);
     arena->base = winnow_alloc_map(pool_bytes);
     arena->piece_free = winnow_alloc_array(arena->n_pieces, sizeof *arena->piece_free);
     arena->piece_holders = winnow_alloc_array(arena->n_pieces, sizeof *arena->piece_holders);
@@ -113,6 +127,7 @@ int winnow_arena_create(uint64_t pool_bytes, winnow_arena_evict *evict,
         return -ENOMEM;
     }
     arena->grain_base = arena->base + staging_grains * WINNOW_GRAIN_BYTES;
+    winnow_assert((uintptr_t)arena->grain_base % WINNOW_PAGE_BYTES == 0);
     for (uint32_t i = 0; i < arena->n_grains; i++)
         arena->grain[i].class_idx = UINT32_MAX;
     for (uint32_t i = 0; i < arena->n_pieces; i++)
@@ -143,6 +158,7 @@ void *winnow_arena_data(const struct winnow_arena *arena, uint32_t slot)
 {
     uint32_t grain_idx = slot / SLOTS_PER_GRAIN, place = slot % SLOTS_PER_GRAIN;
     winnow_assert(grain_idx < arena->n_grains);
+    winnow_assert(((size_t)place + 1) * slot_bytes(arena, slot) <= WINNOW_GRAIN_BYTES);
     return arena->grain_base + (size_t)grain_idx * WINNOW_GRAIN_BYTES +
            (size_t)place * slot_bytes(arena, slot);
 }
@@ -153,6 +169,7 @@ static uint32_t class_find(struct winnow_arena *arena, uint32_t block_bytes)
         if (arena->class[i].block_bytes == block_bytes)
             return i;
     winnow_assert(arena->n_classes < N_CLASSES); /* block sizes are few: widths x dtypes of OPEN */
+    winnow_assert(WINNOW_GRAIN_BYTES / block_bytes <= SLOTS_PER_GRAIN);
     arena->class[arena->n_classes] = (struct class){
         .block_bytes = block_bytes, .slots_per_grain = WINNOW_GRAIN_BYTES / block_bytes};
     return arena->n_classes++;
@@ -176,6 +193,7 @@ static bool grain_carve(struct winnow_arena *arena, uint32_t class_idx)
         }
         return true;
     }
+    winnow_assert(arena->n_grains_free == 0);
     return false;
 }
 
@@ -183,6 +201,9 @@ static bool grain_carve(struct winnow_arena *arena, uint32_t class_idx)
 static void grain_empty(struct winnow_arena *arena, uint32_t grain_idx)
 {
     struct class *class = &arena->class[arena->grain[grain_idx].class_idx];
+    winnow_assert(arena->grain[grain_idx].n_used == 0);
+    winnow_assert(class->n_empty > 0);
+    winnow_assert(arena->n_grains_empty >= class->n_empty);
     uint32_t *at = &class->first_free;
     while (*at)
         if ((*at - 1) / SLOTS_PER_GRAIN == grain_idx)
@@ -199,6 +220,8 @@ static void slot_free(struct winnow_arena *arena, uint32_t slot)
 {
     uint32_t grain_idx = slot / SLOTS_PER_GRAIN;
     struct class *class = &arena->class[arena->grain[grain_idx].class_idx];
+    winnow_assert(arena->slot[slot].kind != SLOT_FREE);
+    winnow_assert(arena->slot[slot].n_holders == 0);
     arena->slot[slot] = (struct slot){.kind = SLOT_FREE, .next_free = class->first_free};
     class->first_free = slot + 1;
     winnow_assert(arena->grain[grain_idx].n_used > 0);
@@ -216,6 +239,9 @@ static bool evictable(const struct slot *slot)
 static void slot_evict(struct winnow_arena *arena, uint32_t slot_idx)
 {
     struct slot *slot = &arena->slot[slot_idx];
+    winnow_assert(evictable(slot));
+    winnow_assert(!arena->frozen);
+    winnow_assert(arena->cache_bytes >= slot_bytes(arena, slot_idx));
     arena->evict(slot->segment, slot->block_idx);
     arena->cache_bytes -= slot_bytes(arena, slot_idx);
     slot_free(arena, slot_idx);
@@ -269,6 +295,7 @@ static uint32_t slot_search(struct winnow_arena *arena, uint32_t class_idx)
 static bool evict_one(struct winnow_arena *arena, uint32_t class_idx)
 {
     uint32_t victim = UINT32_MAX, n_uses = UINT32_MAX, n_sampled = 0;
+    winnow_assert(arena->cache_bytes >= arena->dirty_bytes + arena->pinned_bytes);
     if (arena->cache_bytes == arena->dirty_bytes + arena->pinned_bytes)
         return false;
     for (uint32_t n = 0; n < N_DRAWN_MAX && n_sampled < N_SAMPLED; n++) {
@@ -297,6 +324,7 @@ static bool grain_steal(struct winnow_arena *arena, uint32_t class_idx)
             continue;
         for (uint32_t place = 0; place < arena->class[other].slots_per_grain; place++)
             n_evictable += evictable(&arena->slot[first + place]);
+        winnow_assert(n_evictable <= arena->grain[g].n_used);
         if (n_evictable < arena->grain[g].n_used)
             continue;
         for (uint32_t place = 0; place < arena->class[other].slots_per_grain; place++)
@@ -311,6 +339,7 @@ static bool grain_steal(struct winnow_arena *arena, uint32_t class_idx)
 /* An empty grain of another class: free memory, so it goes before anything is evicted. */
 static bool grain_reclaim(struct winnow_arena *arena, uint32_t class_idx)
 {
+    winnow_assert(arena->n_grains_empty >= arena->class[class_idx].n_empty);
     if (arena->n_grains_empty == arena->class[class_idx].n_empty)
         return false;
     for (uint32_t g = 0; g < arena->n_grains; g++)
@@ -319,6 +348,7 @@ static bool grain_reclaim(struct winnow_arena *arena, uint32_t class_idx)
             grain_empty(arena, g);
             return true;
         }
+    winnow_assert(!"an empty grain of another class");
     return false;
 }
 
@@ -331,9 +361,13 @@ static bool slot_take(struct winnow_arena *arena, uint32_t class_idx, uint32_t *
     if (!class->first_free && !grain_carve(arena, class_idx))
         return false;
     uint32_t slot_idx = class->first_free - 1;
+    winnow_assert(arena->slot[slot_idx].kind == SLOT_FREE);
+    winnow_assert(arena->grain[slot_idx / SLOTS_PER_GRAIN].class_idx == class_idx);
     class->first_free = arena->slot[slot_idx].next_free;
     arena->slot[slot_idx] = (struct slot){.kind = SLOT_HELD, .n_holders = 1};
     if (arena->grain[slot_idx / SLOTS_PER_GRAIN].n_used++ == 0) {
+        winnow_assert(class->n_empty > 0);
+        winnow_assert(arena->n_grains_empty >= class->n_empty);
         arena->n_grains_empty--;
         class->n_empty--;
     }
@@ -344,13 +378,16 @@ static bool slot_take(struct winnow_arena *arena, uint32_t class_idx, uint32_t *
 
 static uint64_t unevictable_bytes(const struct winnow_arena *arena)
 {
+    winnow_assert(arena->held_bytes + arena->cache_bytes <= grains_bytes(arena));
     return arena->held_bytes + arena->dirty_bytes + arena->pinned_bytes;
 }
 
 int winnow_arena_take(struct winnow_arena *arena, uint32_t block_bytes, uint32_t n, uint32_t slot[],
                       uint64_t keep_bytes)
 {
-    winnow_assert(block_bytes > 0 && block_bytes % WINNOW_PAGE_BYTES == 0);
+    winnow_assert(block_bytes > 0);
+    winnow_assert(block_bytes % WINNOW_PAGE_BYTES == 0);
+    winnow_assert(block_bytes <= WINNOW_GRAIN_BYTES);
     uint32_t class_idx = class_find(arena, block_bytes);
     if (unevictable_bytes(arena) + (uint64_t)n * block_bytes + keep_bytes > grains_bytes(arena))
         return -EAGAIN;
@@ -372,12 +409,15 @@ void winnow_arena_freeze(struct winnow_arena *arena, bool frozen)
 void winnow_arena_hold(struct winnow_arena *arena, uint32_t slot)
 {
     winnow_assert(arena->slot[slot].kind == SLOT_HELD);
+    winnow_assert(arena->slot[slot].n_holders > 0);
     arena->slot[slot].n_holders++;
 }
 
 void winnow_arena_release(struct winnow_arena *arena, uint32_t slot)
 {
-    winnow_assert(arena->slot[slot].kind == SLOT_HELD && arena->slot[slot].n_holders > 0);
+    winnow_assert(arena->slot[slot].kind == SLOT_HELD);
+    winnow_assert(arena->slot[slot].n_holders > 0);
+    winnow_assert(arena->held_bytes >= slot_bytes(arena, slot));
     if (--arena->slot[slot].n_holders == 0) {
         arena->held_bytes -= slot_bytes(arena, slot);
         slot_free(arena, slot);
@@ -386,11 +426,13 @@ void winnow_arena_release(struct winnow_arena *arena, uint32_t slot)
 
 bool winnow_arena_is_cache(const struct winnow_arena *arena, uint32_t slot)
 {
+    winnow_assert(slot / SLOTS_PER_GRAIN < arena->n_grains);
     return arena->slot[slot].kind == SLOT_CACHE;
 }
 
 uint32_t winnow_arena_holders(const struct winnow_arena *arena, uint32_t slot)
 {
+    winnow_assert(slot / SLOTS_PER_GRAIN < arena->n_grains);
     return arena->slot[slot].n_holders;
 }
 
@@ -398,7 +440,10 @@ void winnow_arena_cache(struct winnow_arena *arena, uint32_t slot, void *segment
                         uint32_t block_idx, bool clean)
 {
     struct slot *s = &arena->slot[slot];
-    winnow_assert(s->kind == SLOT_HELD && s->n_holders == 1);
+    winnow_assert(segment);
+    winnow_assert(s->kind == SLOT_HELD);
+    winnow_assert(s->n_holders == 1);
+    winnow_assert(arena->held_bytes >= slot_bytes(arena, slot));
     *s = (struct slot){.kind = SLOT_CACHE,
                        .segment = segment,
                        .block_idx = block_idx,
@@ -414,7 +459,9 @@ void winnow_arena_cache(struct winnow_arena *arena, uint32_t slot, void *segment
 void winnow_arena_clean(struct winnow_arena *arena, uint32_t slot)
 {
     struct slot *s = &arena->slot[slot];
-    winnow_assert(s->kind == SLOT_CACHE && !s->clean);
+    winnow_assert(s->kind == SLOT_CACHE);
+    winnow_assert(!s->clean);
+    winnow_assert(arena->dirty_bytes >= slot_bytes(arena, slot));
     s->clean = true;
     arena->dirty_bytes -= slot_bytes(arena, slot);
     if (s->n_holders)
@@ -434,12 +481,15 @@ void winnow_arena_touch(struct winnow_arena *arena, uint32_t slot)
     struct slot *s = &arena->slot[slot];
     winnow_assert(s->kind == SLOT_CACHE);
     uint8_t n_uses = slot_uses(arena, s);
+    winnow_assert(n_uses <= N_USES_MAX);
     s->n_uses = (uint8_t)(n_uses + (n_uses < N_USES_MAX));
     s->of_epoch = arena->epoch;
 }
 
 static void slot_drop(struct winnow_arena *arena, uint32_t slot)
 {
+    winnow_assert(arena->slot[slot].kind == SLOT_DROPPED);
+    winnow_assert(arena->cache_bytes >= slot_bytes(arena, slot));
     arena->cache_bytes -= slot_bytes(arena, slot);
     slot_free(arena, slot);
 }
@@ -447,11 +497,15 @@ static void slot_drop(struct winnow_arena *arena, uint32_t slot)
 void winnow_arena_unpin(struct winnow_arena *arena, uint32_t slot)
 {
     struct slot *s = &arena->slot[slot];
-    winnow_assert((s->kind == SLOT_CACHE || s->kind == SLOT_DROPPED) && s->n_holders > 0);
+    winnow_assert(s->kind == SLOT_CACHE || s->kind == SLOT_DROPPED);
+    winnow_assert(s->kind == SLOT_CACHE || s->clean);
+    winnow_assert(s->n_holders > 0);
     if (--s->n_holders > 0)
         return;
-    if (s->clean)
+    if (s->clean) {
+        winnow_assert(arena->pinned_bytes >= slot_bytes(arena, slot));
         arena->pinned_bytes -= slot_bytes(arena, slot);
+    }
     if (s->kind == SLOT_DROPPED)
         slot_drop(arena, slot);
 }
@@ -461,6 +515,7 @@ void winnow_arena_drop(struct winnow_arena *arena, uint32_t slot)
     struct slot *s = &arena->slot[slot];
     winnow_assert(s->kind == SLOT_CACHE);
     if (!s->clean) {
+        winnow_assert(arena->dirty_bytes >= slot_bytes(arena, slot));
         s->clean = true;
         arena->dirty_bytes -= slot_bytes(arena, slot);
         if (s->n_holders)
@@ -476,6 +531,7 @@ void *winnow_arena_staging_take(struct winnow_arena *arena)
     if (!arena->n_pieces_free)
         return NULL;
     uint32_t piece = arena->piece_free[--arena->n_pieces_free];
+    winnow_assert(piece < arena->n_pieces);
     winnow_assert(arena->piece_holders[piece] == 0);
     arena->piece_holders[piece] = 1;
     return arena->base + (size_t)piece * WINNOW_STAGING_BYTES;
@@ -498,6 +554,7 @@ void winnow_arena_staging_give(struct winnow_arena *arena, const void *address)
 {
     uint32_t piece = piece_of(arena, address);
     winnow_assert(arena->piece_holders[piece] > 0);
+    winnow_assert(arena->n_pieces_free < arena->n_pieces);
     if (--arena->piece_holders[piece] == 0)
         arena->piece_free[arena->n_pieces_free++] = piece;
 }
@@ -515,6 +572,8 @@ uint32_t winnow_arena_staging_pieces(const struct winnow_arena *arena)
 void winnow_arena_use(const struct winnow_arena *arena, struct winnow_arena_use *use)
 {
     uint64_t used_bytes = arena->held_bytes + arena->cache_bytes;
+    winnow_assert(used_bytes <= grains_bytes(arena));
+    winnow_assert(arena->dirty_bytes <= arena->cache_bytes);
     *use = (struct winnow_arena_use){
         .pool_bytes = arena->n_bytes,
         .staging_bytes = arena->n_bytes - grains_bytes(arena),

@@ -10,6 +10,12 @@ struct winnow_context *winnow_context_create(struct winnow_tiers *tiers,
                                              uint64_t n_tokens_max, uint32_t n_window_max,
                                              bool with_var)
 {
+    winnow_assert(tiers);
+    winnow_assert(segment_tokens > 0);
+    winnow_assert(segment_tokens % WINNOW_BLOCK_TOKENS == 0);
+    winnow_assert(n_sinks % WINNOW_BLOCK_TOKENS == 0);
+    winnow_assert(shape->n_layers > 0);
+    winnow_assert(shape->n_kv_heads > 0);
     struct winnow_context *context =
         winnow_alloc(sizeof *context + shape->n_layers * sizeof *context->layer);
     if (!context)
@@ -74,20 +80,25 @@ uint64_t winnow_context_sealed(const struct winnow_context *context)
 
 static uint64_t sealed_tokens(const struct winnow_context *context, uint32_t layer)
 {
+    winnow_assert(layer < context->shape.n_layers);
+    winnow_assert(context->layer[layer].n_segments <= context->n_segments_max);
     return (uint64_t)context->layer[layer].n_segments * context->segment_tokens;
 }
 
 uint32_t winnow_context_block_of(const struct winnow_context *context, uint32_t layer,
                                  uint64_t position)
 {
-    uint64_t place =
-        position < context->n_sinks ? position : position - sealed_tokens(context, layer);
+    uint64_t sealed = sealed_tokens(context, layer);
+    uint64_t place = position < context->n_sinks ? position : position - sealed;
+    winnow_assert(position < context->n_sinks || position + 1 >= context->n_sinks + sealed);
+    winnow_assert(place / WINNOW_BLOCK_TOKENS < context->n_blocks_max);
     return (uint32_t)(place / WINNOW_BLOCK_TOKENS);
 }
 
 uint64_t winnow_context_position_of(const struct winnow_context *context, uint32_t layer,
                                     uint32_t block_idx)
 {
+    winnow_assert(block_idx < context->n_blocks_max);
     uint64_t place = (uint64_t)block_idx * WINNOW_BLOCK_TOKENS;
     return place < context->n_sinks ? place : place + sealed_tokens(context, layer);
 }
@@ -95,7 +106,9 @@ uint64_t winnow_context_position_of(const struct winnow_context *context, uint32
 uint32_t *winnow_context_slot(const struct winnow_context *context, uint32_t layer, uint32_t head,
                               uint32_t block_idx)
 {
-    winnow_assert(head < context->shape.n_kv_heads && block_idx < context->n_blocks_max);
+    winnow_assert(layer < context->shape.n_layers);
+    winnow_assert(head < context->shape.n_kv_heads);
+    winnow_assert(block_idx < context->n_blocks_max);
     return &context->layer[layer].slot[(size_t)head * context->n_blocks_max + block_idx];
 }
 
@@ -124,6 +137,9 @@ int winnow_context_own(struct winnow_context *context, uint32_t layer, uint32_t 
     struct winnow_arena *arena = context->tiers->arena;
     uint32_t block_bytes = winnow_block_bytes(&context->shape), own;
     uint32_t *slot = winnow_context_slot(context, layer, head, block_idx);
+    winnow_assert(block_idx < context->layer[layer].n_blocks);
+    winnow_assert(!winnow_arena_is_cache(arena, *slot));
+    winnow_assert(winnow_arena_holders(arena, *slot) > 0);
     if (winnow_arena_holders(arena, *slot) == 1)
         return 0;
     if (winnow_arena_take(arena, block_bytes, 1, &own, keep_bytes) < 0)
@@ -153,6 +169,7 @@ int winnow_context_grow(struct winnow_context *context, uint32_t layer, uint32_t
     struct winnow_context_layer *state = &context->layer[layer];
     uint32_t n_after = blocks_for(context, layer, state->held + n_tokens);
     winnow_assert(n_after <= context->n_blocks_max);
+    winnow_assert(state->n_blocks >= blocks_for(context, layer, state->held));
     uint32_t n_new = n_after > state->n_blocks ? n_after - state->n_blocks : 0;
     uint32_t block_bytes = winnow_block_bytes(&context->shape);
     if (last_own(context, layer, keep_bytes) < 0)
@@ -176,6 +193,8 @@ void winnow_context_shrink(struct winnow_context *context, uint32_t layer, uint6
 {
     struct winnow_context_layer *state = &context->layer[layer];
     uint32_t n_keep = blocks_for(context, layer, n_held);
+    winnow_assert(n_held <= state->held);
+    winnow_assert(state->n_blocks <= context->n_blocks_max);
     for (uint32_t head = 0; head < context->shape.n_kv_heads; head++)
         for (uint32_t i = n_keep; i < state->n_blocks; i++)
             winnow_arena_release(context->tiers->arena,
@@ -188,9 +207,15 @@ void winnow_context_seal(struct winnow_context *context, uint32_t layer)
 {
     struct winnow_context_layer *state = &context->layer[layer];
     struct winnow_segment *segment = context->segment[state->n_segments];
+    winnow_assert(state->n_segments < context->n_segments_max);
+    winnow_assert(segment);
     uint32_t n_span = segment->n_blocks, first = context->n_sinks / WINNOW_BLOCK_TOKENS;
     uint32_t *place = winnow_segment_place(segment, layer);
     winnow_assert(state->held >= winnow_context_span_end(context, layer));
+    winnow_assert(n_span * WINNOW_BLOCK_TOKENS == context->segment_tokens);
+    winnow_assert(state->n_blocks >= first + n_span);
+    winnow_assert(!segment->layer[layer].in_force);
+    winnow_assert(segment->layer[layer].n_places == 0);
     for (uint32_t head = 0; head < context->shape.n_kv_heads; head++) {
         uint32_t *slot = winnow_context_slot(context, layer, head, first);
         for (uint32_t i = 0; i < n_span; i++) {
@@ -212,6 +237,8 @@ static void pop_segment(struct winnow_context *context, uint32_t layer)
 {
     struct winnow_context_layer *state = &context->layer[layer];
     winnow_assert(state->n_segments > 0);
+    winnow_assert(context->segment[state->n_segments - 1]);
+    winnow_assert(state->held >= context->n_sinks + sealed_tokens(context, layer));
     winnow_context_shrink(context, layer, context->n_sinks);
     state->n_segments--;
     state->held = context->n_sinks + sealed_tokens(context, layer);
@@ -223,6 +250,8 @@ void winnow_context_unseal(struct winnow_context *context, uint32_t layer, uint6
     struct winnow_context_layer *state = &context->layer[layer];
     pop_segment(context, layer);
     winnow_assert(n_tokens > state->held);
+    winnow_assert(n_tokens < winnow_context_span_end(context, layer));
+    winnow_assert(state->n_blocks == context->n_sinks / WINNOW_BLOCK_TOKENS);
     uint32_t first = state->n_blocks;
     state->held = n_tokens;
     state->n_blocks = blocks_for(context, layer, n_tokens);
@@ -294,7 +323,15 @@ static void layer_fork(const struct winnow_context *from, struct winnow_context 
 void winnow_context_fork(const struct winnow_context *from, struct winnow_context *to,
                          const uint32_t *slot)
 {
-    winnow_assert(to->layer[0].held == 0 && to->layer[0].n_blocks == 0);
+    winnow_assert(to->layer[0].held == 0);
+    winnow_assert(to->layer[0].n_blocks == 0);
+    winnow_assert(to->layer[0].n_segments == 0);
+    winnow_assert(winnow_context_is_level(from));
+    winnow_assert(from->tiers == to->tiers);
+    winnow_assert(from->n_sinks == to->n_sinks);
+    winnow_assert(from->segment_tokens == to->segment_tokens);
+    winnow_assert(from->n_blocks_max == to->n_blocks_max);
+    winnow_assert(from->layer[0].n_segments <= to->n_segments_max);
     for (uint32_t layer = 0; layer < from->shape.n_layers; layer++)
         layer_fork(from, to, layer, slot + (size_t)layer * from->shape.n_kv_heads);
     for (uint32_t k = 0; k < from->layer[0].n_segments; k++) {

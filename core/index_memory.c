@@ -41,6 +41,7 @@ int winnow_index_memory_create(uint64_t cap_bytes, struct winnow_index_memory **
         winnow_index_memory_destroy(memory);
         return -ENOMEM;
     }
+    winnow_assert((uintptr_t)memory->base % WINNOW_PAGE_BYTES == 0);
     *ret = memory;
     return 0;
 }
@@ -58,6 +59,8 @@ void *winnow_index_memory_take(struct winnow_index_memory *memory, size_t n_byte
 {
     uint64_t n = pages_of(n_bytes), run = 0;
     winnow_assert(n > 0);
+    winnow_assert(memory->n_used <= memory->n_pages);
+    winnow_assert(memory->first_maybe <= memory->n_pages);
     if (memory->n_used + n > memory->n_pages)
         return NULL;
     for (uint64_t page = memory->first_maybe; page < memory->n_pages; page++) {
@@ -80,7 +83,10 @@ void winnow_index_memory_give(struct winnow_index_memory *memory, void *piece, s
         return;
     size_t offset_bytes = (size_t)((uint8_t *)piece - memory->base);
     uint64_t first = offset_bytes / WINNOW_PAGE_BYTES, n = pages_of(n_bytes);
-    winnow_assert(offset_bytes % WINNOW_PAGE_BYTES == 0 && first + n <= memory->n_pages);
+    winnow_assert(n > 0);
+    winnow_assert(offset_bytes % WINNOW_PAGE_BYTES == 0);
+    winnow_assert(first + n <= memory->n_pages);
+    winnow_assert(memory->n_used >= n);
     pages_mark(memory, first, n, false);
     memory->n_used -= n;
     if (first < memory->first_maybe)

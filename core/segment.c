@@ -1,9 +1,13 @@
+#include <assert.h>
 #include <base/assert.h>
 #include <core/device.h>
 #include <core/segment.h>
 #include <errno.h>
 #include <string.h>
 
+static_assert(_Alignof(struct winnow_segment) <= 64, "it begins a page; block_crc follows it");
+static_assert(_Alignof(struct winnow_block_head) <= 64, "arrays are cut at 64 bytes");
+static_assert(WINNOW_BLOCK_TOKENS % 2 == 0, "two codes a byte");
 static size_t align_64(size_t n_bytes)
 {
     return (n_bytes + 63) & ~(size_t)63;
@@ -62,6 +66,8 @@ struct winnow_segment *winnow_segment_create(struct winnow_tiers *tiers,
                                              const struct winnow_model_shape *shape,
                                              uint32_t n_blocks, uint64_t first_token, bool with_var)
 {
+    winnow_assert(n_blocks > 0);
+    winnow_assert(first_token % WINNOW_BLOCK_TOKENS == 0);
     size_t header_bytes = winnow_segment_header_bytes(shape, n_blocks);
     struct winnow_segment *segment = winnow_index_memory_take(tiers->index, header_bytes);
     if (!segment)
@@ -91,8 +97,10 @@ void winnow_segment_ref(struct winnow_segment *segment)
 static void spill_list_leave(struct winnow_tiers *tiers, struct winnow_segment_layer *layer)
 {
     struct winnow_segment_layer **at = &tiers->spill_first;
-    while (*at != layer)
+    while (*at != layer) {
+        winnow_assert(*at); /* it is in the list */
         at = &(*at)->next_spill;
+    }
     *at = layer->next_spill;
     if (tiers->spill_last == &layer->next_spill)
         tiers->spill_last = at;
@@ -101,6 +109,7 @@ static void spill_list_leave(struct winnow_tiers *tiers, struct winnow_segment_l
 
 void winnow_segment_layer_give(struct winnow_segment *segment, uint32_t layer)
 {
+    winnow_assert(layer < segment->shape.n_layers);
     winnow_index_memory_give(segment->tiers->index, segment->layer[layer].piece,
                              segment->piece_bytes);
     segment->layer[layer].piece = NULL;
@@ -109,13 +118,18 @@ void winnow_segment_layer_give(struct winnow_segment *segment, uint32_t layer)
 static void layer_drop(struct winnow_segment *segment, uint32_t layer)
 {
     struct winnow_segment_layer *state = &segment->layer[layer];
+    winnow_assert(state->segment == segment);
+    winnow_assert(state->n_writes == 0);
     if (state->waits_to_spill)
         spill_list_leave(segment->tiers, state);
     if (state->in_force) {
         uint32_t *place = winnow_segment_place(segment, layer);
         for (uint32_t i = 0; i < segment->shape.n_kv_heads * segment->n_blocks; i++)
-            if (place[i])
+            if (place[i]) {
                 winnow_arena_drop(segment->tiers->arena, place[i] - 1);
+                state->n_places--;
+            }
+        winnow_assert(state->n_places == 0);
     }
     winnow_segment_layer_give(segment, layer);
 }
@@ -137,6 +151,8 @@ void winnow_segment_unref(struct winnow_segment *segment)
 
 int winnow_segment_layer_take(struct winnow_segment *segment, uint32_t layer)
 {
+    winnow_assert(layer < segment->shape.n_layers);
+    winnow_assert(!segment->layer[layer].in_force);
     winnow_assert(!segment->layer[layer].piece);
     uint8_t *piece = winnow_index_memory_take(segment->tiers->index, segment->piece_bytes);
     if (!piece)
@@ -150,6 +166,8 @@ int winnow_segment_layer_take(struct winnow_segment *segment, uint32_t layer)
 static uint8_t *head_base(const struct winnow_segment *segment, uint32_t layer, uint32_t head,
                           struct layout *layout)
 {
+    winnow_assert(layer < segment->shape.n_layers);
+    winnow_assert(head <= segment->shape.n_kv_heads);
     winnow_assert(segment->layer[layer].piece);
     *layout = head_layout(&segment->shape, segment->n_blocks, segment->with_var);
     return segment->layer[layer].piece + head * layout->total;
@@ -158,6 +176,7 @@ static uint8_t *head_base(const struct winnow_segment *segment, uint32_t layer, 
 void winnow_segment_view(const struct winnow_segment *segment, uint32_t layer, uint32_t head,
                          struct winnow_index_view *view)
 {
+    winnow_assert(head < segment->shape.n_kv_heads);
     struct layout layout;
     uint8_t *base = head_base(segment, layer, head, &layout);
     *view = (struct winnow_index_view){
@@ -176,6 +195,7 @@ void winnow_segment_view(const struct winnow_segment *segment, uint32_t layer, u
 
 uint16_t *winnow_segment_order(const struct winnow_segment *segment, uint32_t layer, uint32_t head)
 {
+    winnow_assert(head < segment->shape.n_kv_heads);
     struct layout layout;
     uint8_t *base = head_base(segment, layer, head, &layout);
     return (void *)(base + layout.order);
@@ -192,6 +212,9 @@ void winnow_segment_evicted(void *segment, uint32_t block_idx)
     struct winnow_segment *s = segment;
     uint32_t blocks_per_layer = s->shape.n_kv_heads * s->n_blocks;
     uint32_t *place = winnow_segment_place(s, block_idx / blocks_per_layer);
+    winnow_assert(s->n_refs > 0);
+    winnow_assert(s->layer[block_idx / blocks_per_layer].in_force);
+    winnow_assert(s->layer[block_idx / blocks_per_layer].n_places > 0);
     winnow_assert(place[block_idx % blocks_per_layer] != 0);
     place[block_idx % blocks_per_layer] = 0;
     s->layer[block_idx / blocks_per_layer].n_places--;

@@ -91,6 +91,8 @@ struct winnow_gpu_item {
     uint32_t *disk_block, n_disk_block_max;
 };
 
+static_assert(sizeof(struct winnow_gpu_certificate) == 32, "device and host agree on it");
+
 struct winnow_gpu_counters { /* since create, of one layer */
     uint64_t n_hits, n_misses, n_evictions, n_unfit;
 };

@@ -1,4 +1,6 @@
 /* Chooses a version of the kernels, and refuses the shapes that none of them handles. */
+#include <assert.h>
+#include <base/assert.h>
 #include <errno.h>
 #include <kernels/cpu/cpu.h>
 #include <kernels/kernels.h>
@@ -14,6 +16,9 @@ static int refuse_width(const char *name, uint32_t width, char text[256])
              WINNOW_WIDTH_MIN, WINNOW_WIDTH_MAX);
     return -EINVAL;
 }
+
+static_assert(WINNOW_FP16 == WINNOW_BF16 + 1, "a range without a gap");
+static_assert(WINNOW_FP32 == WINNOW_FP16 + 1, "a range without a gap");
 
 static int refuse_dtype(const char *name, uint32_t dtype, char text[256])
 {
@@ -77,5 +82,6 @@ const struct winnow_kernels *winnow_kernels_find(const char *name)
     for (size_t i = 0; i < sizeof fastest_first / sizeof fastest_first[0]; i++)
         if (fastest_first[i] && (!name || !strcmp(fastest_first[i]->name, name)))
             return fastest_first[i];
+    winnow_assert(name); /* ref runs anywhere */
     return NULL;
 }

@@ -29,6 +29,7 @@
  */
 #pragma once
 
+#include <assert.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -45,6 +46,9 @@ enum {
     WINNOW_BLOCK_LAYOUT = 1,    /* the CPU's */
     WINNOW_BLOCK_FRAGMENTS = 2, /* the GPU's */
 };
+
+static_assert(WINNOW_WIDTH_MIN % 16 == 0, "a width itself");
+static_assert(WINNOW_WIDTH_MAX % 16 == 0, "a width itself");
 
 enum winnow_dtype { WINNOW_BF16 = 1, WINNOW_FP16 = 2, WINNOW_FP32 = 3 };
 enum winnow_policy {
@@ -67,6 +71,7 @@ struct winnow_block_head {
     float spread;                      /* mean over dimensions of the key variance */
     float radius;                      /* largest |k - stored centroid| (length), rounded up */
 };
+static_assert(sizeof(struct winnow_block_head) == 16, "one load of a GPU");
 
 /*
  * Index of one segment, layer and KV head; memory is the caller's (core's index_memory).

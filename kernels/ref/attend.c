@@ -20,6 +20,8 @@ static float absorb(const struct winnow_model_shape *shape, const float *q,
                     const float *k_transposed, const float *v, uint32_t n, float *partial)
 {
     float l[WINNOW_BLOCK_TOKENS] = {0}, largest = -INFINITY, block_sum = 0;
+    winnow_assert(n > 0);
+    winnow_assert(n <= WINNOW_BLOCK_TOKENS);
 
     for (uint32_t d = 0; d < shape->k_width; d++)
         for (uint32_t t = 0; t < n; t++)
@@ -48,12 +50,16 @@ void winnow_ref_attend_partial(const struct winnow_model_shape *shape, const flo
     uint32_t n_q = shape->n_q_heads / shape->n_kv_heads, stride = shape->v_width + 2;
     float k_transposed[WINNOW_WIDTH_MAX * 16], v[WINNOW_WIDTH_MAX * 16];
     winnow_assert(n <= WINNOW_GROUP_BLOCKS);
+    winnow_assert(n_q > 0);
+    winnow_assert(shape->k_width <= WINNOW_WIDTH_MAX);
+    winnow_assert(shape->v_width <= WINNOW_WIDTH_MAX);
 
     memset(partial, 0, sizeof *partial * n_q * stride);
     for (uint32_t g = 0; g < n_q; g++)
         partial[g * stride] = -INFINITY;
     for (uint32_t i = 0; i < n; i++) {
-        winnow_assert(n_tokens[i] > 0 && n_tokens[i] <= WINNOW_BLOCK_TOKENS);
+        winnow_assert(n_tokens[i] > 0);
+        winnow_assert(n_tokens[i] <= WINNOW_BLOCK_TOKENS);
         winnow_ref_block_widen(shape, block[i], k_transposed, v);
         for (uint32_t g = 0; g < n_q; g++) {
             float ln = absorb(shape, q + g * shape->k_width, k_transposed, v, n_tokens[i],
@@ -82,6 +88,8 @@ void winnow_ref_attend_window(const struct winnow_model_shape *shape, uint32_t n
     uint32_t n_q = shape->n_q_heads / shape->n_kv_heads;
     float k_transposed[WINNOW_WIDTH_MAX * 16], v[WINNOW_WIDTH_MAX * 16];
     (void)scratch;
+    winnow_assert(shape->k_width <= WINNOW_WIDTH_MAX);
+    winnow_assert(shape->v_width <= WINNOW_WIDTH_MAX);
 
     for (uint32_t i = 0; i < n; i++) {
         winnow_assert(n_tokens[i] <= WINNOW_BLOCK_TOKENS);

@@ -99,6 +99,8 @@ static void node_split(const struct bisection *b, uint32_t first, uint32_t n_tok
             sum += ((double)k[d] - mean[d]) * v[d];
         b->key[i] = (uint64_t)winnow_ref_rank((float)sum) << 32 | i;
     }
+    winnow_assert(n_left > 0);
+    winnow_assert(n_left < n_tokens);
     winnow_ref_sort(b->key, n_tokens);
     for (uint32_t i = 0; i < n_tokens; i++)
         b->key[i] = b->order[first + (uint32_t)b->key[i]];
@@ -133,6 +135,9 @@ void winnow_ref_bisect(uint32_t k_width, uint32_t n_blocks, const float *k, uint
                        void *scratch)
 {
     winnow_assert(n_blocks <= (UINT16_MAX + 1) / 16);
+    winnow_assert(k_width > 0);
+    winnow_assert(k_width <= WINNOW_WIDTH_MAX);
+    winnow_assert((uintptr_t)scratch % _Alignof(double) == 0);
 
     double *c = scratch;
     struct bisection b = {

@@ -44,7 +44,8 @@ static size_t v_idx(const struct winnow_model_shape *shape, uint32_t t, uint32_t
 void winnow_ref_block_pack(const struct winnow_model_shape *shape, uint32_t first, uint32_t n,
                            const float *k, const float *v, void *block)
 {
-    winnow_assert(first + n <= WINNOW_BLOCK_TOKENS);
+    winnow_assert(first <= WINNOW_BLOCK_TOKENS);
+    winnow_assert(n <= WINNOW_BLOCK_TOKENS - first);
 
     for (uint32_t t = 0; t < n; t++) {
         for (uint32_t d = 0; d < shape->k_width; d++)
@@ -59,6 +60,7 @@ void winnow_ref_block_unpack(const struct winnow_model_shape *shape, const void 
 {
     uint32_t k_width = shape->k_width;
     float k_transposed[WINNOW_WIDTH_MAX * WINNOW_BLOCK_TOKENS];
+    winnow_assert(k_width <= WINNOW_WIDTH_MAX);
 
     winnow_ref_block_widen(shape, block, k_transposed, v);
     for (uint32_t t = 0; t < WINNOW_BLOCK_TOKENS; t++)
@@ -70,6 +72,9 @@ static void widen_fragments(const struct winnow_model_shape *shape, const void *
                             float *k_transposed, float *v)
 {
     const uint16_t *half = block;
+    winnow_assert(shape->kv_dtype != WINNOW_FP32);
+    winnow_assert(shape->k_width % 16 == 0);
+    winnow_assert(shape->v_width % 16 == 0);
 
     for (uint32_t t = 0; t < WINNOW_BLOCK_TOKENS; t++) {
         for (uint32_t d = 0; d < shape->k_width; d++)

@@ -3,6 +3,7 @@
  * Halves the error of the output for no bytes read (at P 0.8: 0.092 -> 0.048), better than reading
  * twice as much. Blocks far below the last selected one are taken together, by the segment's mean.
  */
+#include <base/assert.h>
 #include <kernels/ref/ref.h>
 
 static const float N_NATS_NEAR = 8;
@@ -10,6 +11,8 @@ static const float N_NATS_NEAR = 8;
 static float near_key(const struct winnow_selection *sel)
 {
     uint32_t last = sel->n_selected > 0 ? sel->n_selected - 1 : 0;
+    winnow_assert(sel->n_selected <= sel->n_blocks);
+    winnow_assert(sel->block_idx[last] < sel->n_blocks);
     return sel->ln_key[sel->block_idx[last]] - N_NATS_NEAR;
 }
 
@@ -50,6 +53,9 @@ void winnow_ref_compensate(const struct winnow_model_shape *shape,
                            const struct winnow_index_view *view, const struct winnow_selection *sel,
                            uint32_t block_first, float *partial)
 {
+    winnow_assert(sel->n_q == shape->n_q_heads / shape->n_kv_heads);
+    winnow_assert(block_first <= sel->n_blocks);
+    winnow_assert(view->n_blocks <= sel->n_blocks - block_first);
     for (uint32_t g = 0; g < sel->n_q && view->n_blocks > 0; g++)
         compensate_head(shape, view, sel, block_first, g, partial + g * (shape->v_width + 2));
 }

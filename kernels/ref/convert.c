@@ -1,7 +1,11 @@
 /* fp16 and bf16 to fp32 and back, exact and rounded to nearest even, by bits alone. */
+#include <assert.h>
+#include <base/assert.h>
 #include <errno.h>
 #include <kernels/ref/ref.h>
 #include <string.h>
+
+static_assert(sizeof(float) == sizeof(uint32_t), "a float is its bits");
 
 static uint32_t float_bits(float x)
 {
@@ -59,6 +63,8 @@ uint16_t winnow_ref_float_to_bf16(float x)
 void winnow_ref_widen(uint32_t dtype, size_t n, const void *src, float *dst)
 {
     const uint16_t *half = src;
+    winnow_assert(dtype >= WINNOW_BF16);
+    winnow_assert(dtype <= WINNOW_FP32);
 
     if (dtype == WINNOW_FP32) {
         memcpy(dst, src, n * sizeof *dst);
@@ -80,6 +86,8 @@ int winnow_ref_to_float(uint32_t dtype, size_t n, const void *src, float *dst)
 int winnow_ref_from_float(uint32_t dtype, size_t n, const float *src, void *dst)
 {
     uint16_t *half = dst;
+    winnow_assert(dtype >= WINNOW_BF16);
+    winnow_assert(dtype <= WINNOW_FP32);
 
     if (!winnow_ref_all_finite(n, src))
         return -EDOM;

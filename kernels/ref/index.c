@@ -5,6 +5,7 @@
  * takes it in. A scale beyond fp16's range becomes Inf, the estimate NaN, and the block is always
  * read: what cannot be coded is never guessed.
  */
+#include <base/assert.h>
 #include <float.h>
 #include <kernels/ref/ref.h>
 #include <string.h>
@@ -37,6 +38,7 @@ static float quantise(uint32_t width, const float *x, int8_t *dst)
 /* Mean of n rows, and, unless NULL, their variance a dimension. */
 static void rows_mean(uint32_t width, uint32_t n, const float *const *row, float *mean, double *var)
 {
+    winnow_assert(n > 0);
     for (uint32_t d = 0; d < width; d++) {
         double sum = 0, square = 0;
         for (uint32_t i = 0; i < n; i++)
@@ -55,6 +57,8 @@ static void code_put(uint8_t *code, uint32_t t, uint32_t d, int c)
 {
     uint8_t *at = code + (d / 8 * 16 + t) * 4 + d % 4;
     uint32_t shift = d % 8 < 4 ? 0 : 4;
+    winnow_assert(c >= -7);
+    winnow_assert(c <= 7);
     *at = (uint8_t)((*at & ~(15u << shift)) | (uint32_t)(c + 8) << shift);
 }
 
@@ -86,6 +90,8 @@ static void fill_keys(uint32_t width, uint32_t b, const float *const *k,
     double var[WINNOW_WIDTH_MAX], spread = 0, radius = 0;
     struct winnow_block_head *head = view->head + b;
     int8_t *centroid = view->centroid + (size_t)b * width;
+    winnow_assert(b < view->n_blocks);
+    winnow_assert(width % 8 == 0);
 
     rows_mean(width, 16, k, mu, var);
     head->centroid_scale = quantise(width, mu, centroid);
@@ -122,9 +128,13 @@ void winnow_ref_index_fill(const struct winnow_model_shape *shape, uint32_t n_bl
     const float origin[WINNOW_WIDTH_MAX] = {0}, *k_row[16], *v_row[16];
     float mean[WINNOW_WIDTH_MAX];
     double v_max = 0;
+    winnow_assert(n_blocks == view->n_blocks);
+    winnow_assert(shape->k_width <= WINNOW_WIDTH_MAX);
+    winnow_assert(shape->v_width <= WINNOW_WIDTH_MAX);
 
     for (uint32_t b = 0; b < n_blocks; b++) {
         for (uint32_t t = 0; t < 16; t++) {
+            winnow_assert(order[16 * b + t] < 16 * n_blocks);
             k_row[t] = k + (size_t)order[16 * b + t] * shape->k_width;
             v_row[t] = v + (size_t)order[16 * b + t] * shape->v_width;
             v_max = fmax(v_max, distance(shape->v_width, v_row[t], origin));

@@ -1,4 +1,5 @@
 /* Merge: partial results into one, always in list order, so that it has one result. */
+#include <base/assert.h>
 #include <kernels/ref/ref.h>
 #include <string.h>
 
@@ -28,6 +29,8 @@ void winnow_ref_merge(const struct winnow_model_shape *shape, uint32_t n, const 
                       float *acc)
 {
     uint32_t n_q = shape->n_q_heads / shape->n_kv_heads, stride = shape->v_width + 2;
+    winnow_assert(n_q > 0);
+    winnow_assert(n_q <= WINNOW_GQA_MAX);
 
     for (uint32_t i = 0; i < n; i++)
         for (uint32_t g = 0; g < n_q; g++)
@@ -38,6 +41,8 @@ void winnow_ref_finish(const struct winnow_model_shape *shape, const float *acc,
                        float *lse)
 {
     uint32_t n_q = shape->n_q_heads / shape->n_kv_heads, v_width = shape->v_width;
+    winnow_assert(n_q > 0);
+    winnow_assert(n_q <= WINNOW_GQA_MAX);
 
     for (uint32_t g = 0; g < n_q; g++) {
         const float *partial = acc + g * (v_width + 2), sum = partial[1];

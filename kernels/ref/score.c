@@ -5,10 +5,12 @@
  * codes: two int8 halves on any machine, an exact integer on all, and it moves 0.02 % of the
  * selected blocks; one int8 (8 bits) moves 2 to 3 %. The centroid sees the query in fp32.
  */
+#include <assert.h>
 #include <base/assert.h>
 #include <kernels/ref/ref.h>
 
 enum { QUERY_LARGEST = 16256 };
+static_assert(8 * QUERY_LARGEST <= INT32_MAX / WINNOW_WIDTH_MAX, "a dot product is exact");
 
 struct query {
     const float *q;
@@ -113,7 +115,12 @@ void winnow_ref_score(const struct winnow_model_shape *shape, uint32_t policy,
     uint32_t n_q = shape->n_q_heads / shape->n_kv_heads, width = shape->k_width;
     struct query query[WINNOW_GQA_MAX];
     (void)scratch;
+    winnow_assert(n_q > 0);
     winnow_assert(n_q <= WINNOW_GQA_MAX);
+    winnow_assert(width <= WINNOW_WIDTH_MAX);
+    winnow_assert(width % 8 == 0);
+    winnow_assert(policy >= WINNOW_POLICY_CODES);
+    winnow_assert(policy <= WINNOW_POLICY_MOMENT);
 
     for (uint32_t g = 0; g < n_q; g++)
         query_init(&query[g], width, q + g * width);

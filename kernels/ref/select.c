@@ -80,6 +80,7 @@ void winnow_ref_key_sort(struct winnow_selection *sel, const uint8_t *class, voi
     struct total total;
     uint64_t *key = scratch;
     winnow_assert(sel->n_blocks < UINT32_C(1) << 28);
+    winnow_assert((uintptr_t)scratch % _Alignof(uint64_t) == 0);
 
     /* class, then the key falling, then the number: 4, 32 and 28 bits */
     total_init(&total, sel);
@@ -139,6 +140,7 @@ static void select_all(struct winnow_selection *sel)
 void winnow_ref_select(uint32_t policy, struct winnow_selection *sel, void *scratch)
 {
     struct reach reach = {0};
+    winnow_assert(sel->n_q > 0);
     winnow_assert(sel->n_q <= WINNOW_GQA_MAX);
 
     if (policy == WINNOW_POLICY_EXACT) {
@@ -157,8 +159,12 @@ void winnow_ref_select(uint32_t policy, struct winnow_selection *sel, void *scra
         reach_add(sel, &reach, reach.total, b);
 
     double mass = (double)sel->mass;
+    winnow_assert(mass > 0);
+    winnow_assert(mass < 1);
     uint32_t n = prefix(sel, &reach, 0, mass);
     uint32_t n_with_reserve = prefix(sel, &reach, n, mass + (1 - mass) / 2);
+    winnow_assert(n <= n_with_reserve);
+    winnow_assert(n_with_reserve <= sel->n_blocks);
     sel->n_selected = n < sel->n_blocks_max ? n : sel->n_blocks_max;
     sel->n_reserve = n_with_reserve - sel->n_selected;
     memset(sel->selected, 0, sel->n_blocks);

@@ -29,6 +29,9 @@ static void curve_init(struct curve *curve, uint32_t n_blocks)
     };
     if (curve->n_window > n_blocks - curve->window_at[1])
         curve->n_window = n_blocks - curve->window_at[1];
+    winnow_assert(curve->n_head > 0);
+    winnow_assert(curve->n_head <= n_blocks);
+    winnow_assert(curve->n_window > 0);
 }
 
 /* The blocks of query head g, q.mu falling, ties by number, as the low half of order. */
@@ -41,6 +44,8 @@ static void order_blocks(const struct winnow_selection *sel, uint32_t g, uint64_
 
 static void mark(struct winnow_selection *sel, const uint64_t *order, uint32_t first, uint32_t n)
 {
+    winnow_assert(first < sel->n_blocks);
+    winnow_assert(n <= sel->n_blocks - first);
     for (uint32_t i = first; i < first + n; i++)
         sel->selected[(uint32_t)order[i]] = 3;
 }
@@ -63,6 +68,7 @@ uint32_t winnow_ref_probe(struct winnow_selection *sel, void *scratch)
     for (uint32_t b = 0; b < sel->n_blocks; b++)
         if (sel->selected[b])
             sel->block_idx[n++] = b;
+    winnow_assert(n > 0);
     return n;
 }
 

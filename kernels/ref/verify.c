@@ -68,6 +68,8 @@ static float price(const struct tally *tally, const struct winnow_selection *sel
 static float certify(const struct tally *tally, float rho, uint32_t g)
 {
     double all = tally->read[g] + (double)rho * tally->rest[g];
+    winnow_assert(rho >= 1);
+    winnow_assert(rho <= 8);
 
     if (tally->has_unknown)
         return 0;
@@ -96,6 +98,7 @@ static uint32_t add_blocks(struct winnow_selection *sel, const struct tally *tal
         for (uint32_t g = 0; g < sel->n_q; g++)
             added[g] = winnow_ref_fixed_add(added[g], fixed_at(tally, sel->ln_e, sel->n_q, b, g));
     }
+    winnow_assert(n <= sel->n_blocks);
     uint32_t n_added = n - sel->n_selected;
     sel->n_selected = n;
     sel->n_reserve -= n_added < sel->n_reserve ? n_added : sel->n_reserve;
@@ -108,7 +111,10 @@ uint32_t winnow_ref_select_more(struct winnow_selection *sel, float *rho, float 
     struct tally tally;
     bool is_short = false;
     (void)scratch;
+    winnow_assert(sel->n_q > 0);
     winnow_assert(sel->n_q <= WINNOW_GQA_MAX);
+    winnow_assert(sel->n_selected <= sel->n_blocks);
+    winnow_assert(sel->ln_m || sel->n_selected == 0);
 
     tally_init(&tally, sel);
     for (uint32_t g = 0; g < sel->n_q; g++) {

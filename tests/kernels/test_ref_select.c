@@ -359,7 +359,7 @@ static void test_verify__rho_at_its_edges(void)
 static void test_verify__lost_block_lowers_the_certificate(void)
 {
     struct fixture_selection f;
-    float rho, whole, without;
+    float rho = 1, whole, without;
     fixture_selection_init(&f, 1, 40, 0.9f);
     f.ln_z[0] = -INFINITY;
     ref()->select(WINNOW_POLICY_CODES, &f.sel, f.scratch);

@@ -1,8 +1,13 @@
 // Certificate: what a decode reply says of itself, from the masses of its heads; the counters behind
 // Stats; and the flag of heavy heads, which follows the session's own steps.
+#include <assert.h>
+#include <base/assert.h>
 #include <core/session.h>
 #include <errno.h>
 
+static_assert(sizeof(((struct winnow_core_stats *)0)->n_steps) / sizeof(uint64_t) ==
+                  WINNOW_VERDICT_DEGRADED + 1,
+              "a counter a verdict");
 /* The least and the mean mass over all query heads. */
 static void mass_take(const struct winnow_session *session, struct winnow_core_certificate *c)
 {
@@ -47,6 +52,7 @@ static void heavy_count(struct winnow_session *session)
             continue;
         float share = (float)run->selection[head].n_selected / (float)run->n_blocks;
         if (heavy->heavy) { /* the step that looks again */
+            winnow_assert(session->n_heavy > 0);
             session->n_heavy -= share < 0.15f;
             heavy->heavy = share >= 0.15f;
             heavy->n_steps = 0;
@@ -66,6 +72,8 @@ static void heavy_count(struct winnow_session *session)
 static void stats_count(struct winnow_session *session, const struct winnow_core_certificate *c)
 {
     struct winnow_core_stats *stats = &session->stats;
+    winnow_assert(c->verdict >= WINNOW_VERDICT_EXACT);
+    winnow_assert(c->verdict <= WINNOW_VERDICT_DEGRADED);
     stats->n_steps[c->verdict]++;
     stats->n_blocks_total += c->n_blocks_total;
     stats->n_blocks_host += c->n_blocks_host;
@@ -79,6 +87,8 @@ void winnow_certificate_close(struct winnow_core *core, struct winnow_session *s
     struct winnow_op *op = &session->op;
     struct winnow_core_certificate *c = &op->certificate;
     bool may_degrade = winnow_op_may_degrade(session);
+    winnow_assert(op->state == WINNOW_OP_STRICT);
+    winnow_assert(op->n_items == 0);
     if (!op->by_device)
         mass_take(session, c);
     if (!any_sparse(session))

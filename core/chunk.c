@@ -25,6 +25,8 @@ struct filler {
 static void filler_send(struct filler *filler)
 {
     struct winnow_op *op = &filler->session->op;
+    winnow_assert(filler->n == filler->chunk->n_missing);
+    winnow_assert(filler->n <= N_READS_ONCE);
     if (filler->n == 0)
         return;
     int rc = winnow_store_read(filler->core->tiers.store, filler->read, filler->n, WINNOW_IO_EXACT,
@@ -69,6 +71,9 @@ static bool filler_take(struct filler *filler, const struct winnow_cursor *curso
     struct winnow_op *op = &filler->session->op;
     struct winnow_segment *segment = context->segment[cursor->segment_idx];
     uint32_t cap = op->pass->chunk_blocks_max, *n_of_head = &chunk->n_of_head[cursor->head];
+    winnow_assert(cursor->head < context->shape.n_kv_heads);
+    winnow_assert(segment->layer[op->layer].in_force);
+    winnow_assert(*n_of_head <= cap);
     if (*n_of_head == cap)
         return false;
     uint32_t at = cursor->head * cap + *n_of_head;
@@ -97,6 +102,8 @@ static void filler_untake(struct filler *filler, uint32_t head, uint32_t n)
 {
     struct winnow_chunk *chunk = filler->chunk;
     struct winnow_op *op = &filler->session->op;
+    winnow_assert(n < WINNOW_GROUP_BLOCKS);
+    winnow_assert(chunk->n_of_head[head] >= n);
     for (; n > 0; n--) {
         uint32_t at = head * op->pass->chunk_blocks_max + --chunk->n_of_head[head];
         chunk->n_blocks--;
@@ -106,7 +113,11 @@ static void filler_untake(struct filler *filler, uint32_t head, uint32_t n)
             op->certificate.n_blocks_host--;
             continue;
         }
+        winnow_assert(filler->n > 0);
         struct winnow_load *load = filler->load[--filler->n];
+        winnow_assert(load->place == at);
+        winnow_assert(chunk->n_missing > 0);
+        winnow_assert(filler->staged_bytes >= load->segment->block_bytes);
         filler->staged_bytes -= load->segment->block_bytes;
         winnow_load_abandon(filler->core, load);
         chunk->n_missing--;
@@ -118,6 +129,8 @@ static bool cursor_next(const struct winnow_session *session, struct winnow_curs
                         bool one_head)
 {
     const struct winnow_context *context = session->context;
+    winnow_assert(cursor->head < context->shape.n_kv_heads);
+    winnow_assert(cursor->block_idx < context->segment_tokens / WINNOW_BLOCK_TOKENS);
     if (++cursor->block_idx < context->segment_tokens / WINNOW_BLOCK_TOKENS)
         return true;
     cursor->block_idx = 0;
@@ -136,6 +149,7 @@ bool winnow_chunk_fill(struct winnow_core *core, struct winnow_session *session,
     struct filler filler = {
         .core = core, .session = session, .chunk = chunk, .chunk_idx = chunk_idx};
     winnow_assert(chunk->state == WINNOW_CHUNK_FREE);
+    winnow_assert(chunk == &op->pass->chunk[chunk_idx]);
     chunk->n_missing = chunk->n_blocks = 0;
     for (uint32_t head = 0; head < context->shape.n_kv_heads; head++)
         chunk->n_of_head[head] = 0;
@@ -150,6 +164,8 @@ bool winnow_chunk_fill(struct winnow_core *core, struct winnow_session *session,
             break;
     }
     winnow_stage_finish(core, &filler.stage);
+    winnow_assert(chunk->n_missing <= chunk->n_blocks);
+    winnow_assert(chunk->n_missing == filler.n);
     if (chunk->n_blocks == 0)
         return false;
     chunk->state = chunk->n_missing ? WINNOW_CHUNK_READING : WINNOW_CHUNK_READY;
@@ -163,7 +179,11 @@ void winnow_chunk_loaded(struct winnow_core *core, struct winnow_session *sessio
     struct winnow_op *op = &session->op;
     struct winnow_chunk *chunk = &op->pass->chunk[load->group];
     (void)core;
-    winnow_assert(chunk->state == WINNOW_CHUNK_READING && chunk->n_missing > 0);
+    winnow_assert(load->group < 2);
+    winnow_assert(chunk->state == WINNOW_CHUNK_READING);
+    winnow_assert(chunk->n_missing > 0);
+    winnow_assert(load->place < session->context->shape.n_kv_heads * op->pass->chunk_blocks_max);
+    winnow_assert(chunk->source[load->place] == WINNOW_FROM_NOWHERE);
     if (result == 0) {
         chunk->data[load->place] = load->data;
         chunk->source[load->place] = WINNOW_FROM_STAGING;
@@ -178,6 +198,7 @@ void winnow_chunk_release(struct winnow_core *core, struct winnow_session *sessi
                           struct winnow_chunk *chunk)
 {
     uint32_t cap = session->op.pass->chunk_blocks_max;
+    winnow_assert(chunk->state <= WINNOW_CHUNK_RUNNING);
     if (chunk->state == WINNOW_CHUNK_FREE)
         return;
     for (uint32_t head = 0; head < session->context->shape.n_kv_heads; head++)

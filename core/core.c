@@ -22,7 +22,8 @@ static bool items_poll(struct winnow_core *core);
 int winnow_core_create(const struct winnow_core_options *options, struct winnow_core **ret_core,
                        char text[256])
 {
-    winnow_assert(options->kernels && options->team);
+    winnow_assert(options->kernels);
+    winnow_assert(options->team);
     uint32_t S = options->segment_tokens;
     if (S % 128 || S > 8192) {
         snprintf(text, 256, "segment_tokens %u is not a multiple of 128 up to 8192. hint: 1024", S);
@@ -44,6 +45,7 @@ int winnow_core_create(const struct winnow_core_options *options, struct winnow_
     winnow_rng_init(&core->rng, options->seed);
     core->wait_run_last = &core->wait_run_first;
     core->n_workers = winnow_team_size(options->team);
+    winnow_assert(core->n_workers > 0);
     uint64_t n_runs = options->host_pool_bytes / (8 << 20);
     core->n_runs_max = n_runs < options->n_steps_max ? (uint32_t)n_runs : options->n_steps_max;
     core->run = winnow_alloc_array(core->n_runs_max, sizeof *core->run);
@@ -89,6 +91,7 @@ void winnow_core_destroy(struct winnow_core *core)
         if (session)
             winnow_session_destroy(core, session);
     }
+    winnow_assert(core->n_promises == 0);
     winnow_device_destroy(core->tiers.device);
     for (uint32_t i = 0; core->run && core->tiers.index && i < core->n_runs_max; i++)
         winnow_index_memory_give(core->tiers.index, core->run[i].memory, core->run[i].memory_bytes);
@@ -129,6 +132,7 @@ struct winnow_item *winnow_item_take(struct winnow_core *core, struct winnow_ses
     struct winnow_item *item = winnow_pool_take(core->items);
     if (!item)
         return NULL;
+    winnow_assert(core->scratch);
     *item = (struct winnow_item){.kernels = core->options.kernels,
                                  .scratch = core->scratch,
                                  .session = session,
@@ -149,6 +153,9 @@ void winnow_item_submit(struct winnow_core *core, struct winnow_item *item, uint
                         void (*run)(struct winnow_work *, uint32_t),
                         void (*done)(struct winnow_core *, struct winnow_item *))
 {
+    winnow_assert(lane < WINNOW_N_LANES);
+    winnow_assert(item->session);
+    winnow_assert(core->n_items_out < WINNOW_N_ITEMS);
     item->work.run = run;
     item->work.lane = lane;
     item->done = done;
@@ -161,6 +168,7 @@ void winnow_item_done(struct winnow_core *core, struct winnow_item *item)
     struct winnow_op *op = &item->session->op;
     (void)core;
     winnow_assert(op->n_items > 0);
+    winnow_assert(item->result <= 0);
     op->n_items--;
     if (item->result == -EDOM)
         winnow_op_fail(op, -EDOM, "NaN or Inf: layer %u. hint: the model's dtype", item->layer);
@@ -173,6 +181,7 @@ static bool items_poll(struct winnow_core *core)
     bool any = false;
     for (struct winnow_work *work; (work = winnow_team_poll(core->options.team)); any = true) {
         struct winnow_item *item = (struct winnow_item *)work;
+        winnow_assert(core->n_items_out > 0);
         core->n_items_out--;
         item->done(core, item);
         winnow_pool_give(core->items, item);
@@ -188,6 +197,7 @@ static bool store_poll(struct winnow_core *core)
         return false;
     for (uint32_t n = 64; n == 64;) {
         n = winnow_store_poll(core->tiers.store, done, 64);
+        winnow_assert(n <= 64);
         for (uint32_t i = 0; i < n; i++) {
             if (done[i].tag >> 62)
                 winnow_spill_done(core, &done[i]);

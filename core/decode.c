@@ -45,6 +45,7 @@ static void begin_check(struct winnow_session *session)
     struct winnow_op *op = &session->op;
     struct winnow_request *request = op->request;
     const struct winnow_context *context = session->context;
+    winnow_assert(request->kind == WINNOW_REQUEST_ATTEND);
     if (request->epoch != session->epoch) {
         winnow_op_fail(op, -ESTALE,
                        "epoch %u is old, the session's is %u. hint: a truncate raised it",
@@ -125,6 +126,9 @@ static bool token_append(struct winnow_core *core, struct winnow_session *sessio
     const struct winnow_model_shape *shape = &context->shape;
     struct winnow_context_layer *layer = &context->layer[op->layer];
     float *k, *v;
+    winnow_assert(!op->appended);
+    winnow_assert(layer->held == op->request->attend.position);
+    winnow_assert(layer->held < context->n_tokens_max);
     if (token_convert(core, session, &k, &v) < 0)
         return false;
     if (winnow_context_grow(context, op->layer, 1, core->keep_bytes) < 0) {
@@ -132,6 +136,7 @@ static bool token_append(struct winnow_core *core, struct winnow_session *sessio
         return false;
     }
     uint32_t block_idx = winnow_context_block_of(context, op->layer, layer->held);
+    winnow_assert(block_idx < layer->n_blocks);
     for (uint32_t head = 0; head < shape->n_kv_heads; head++)
         core->options.kernels->block_pack(
             shape, (uint32_t)(layer->held % WINNOW_BLOCK_TOKENS), 1,
@@ -162,6 +167,8 @@ static void attend_resident(const struct winnow_item *item)
         uint32_t n_tokens[WINNOW_GROUP_BLOCKS], n = 0;
         for (uint32_t i = first; i < layer->n_blocks && n < WINNOW_GROUP_BLOCKS; i++) {
             uint64_t left = layer->held - winnow_context_position_of(context, item->layer, i);
+            winnow_assert(left <= layer->held);
+            winnow_assert(left > 0);
             block[n] = winnow_context_block(context, item->layer, item->head, i);
             n_tokens[n++] = left < WINNOW_BLOCK_TOKENS ? (uint32_t)left : WINNOW_BLOCK_TOKENS;
         }
@@ -179,6 +186,7 @@ static void score_segments(const struct winnow_item *item)
     const struct winnow_model_shape *shape = &context->shape;
     struct winnow_run *run = session->op.run;
     uint32_t G = winnow_group_heads(shape), n_span = context->segment_tokens / WINNOW_BLOCK_TOKENS;
+    winnow_assert(run->n_blocks == context->layer[item->layer].n_segments * n_span);
     uint8_t *scratch = run->scratch + item->head * run->scratch_bytes;
     for (uint32_t k = 0; k < context->layer[item->layer].n_segments; k++) {
         struct winnow_index_view view;
@@ -204,12 +212,15 @@ static void score_run(struct winnow_work *work, uint32_t worker_idx)
     if (run->exact[item->head])
         return;
     score_segments(item);
+    winnow_assert(op->mass < 1);
+    winnow_assert(selection->n_blocks == run->n_blocks);
     selection->mass = op->mass;
     selection->n_blocks_max = op->n_blocks_max ? op->n_blocks_max : selection->n_blocks;
     if (op->policy == WINNOW_POLICY_TACTIC)
         item->kernels->probe(selection, scratch);
     else
         item->kernels->select(op->policy, selection, scratch);
+    winnow_assert(selection->n_selected + selection->n_reserve <= selection->n_blocks);
 }
 
 static void select_run(struct winnow_work *work, uint32_t worker_idx)
@@ -234,10 +245,12 @@ static bool heads_submit(struct winnow_core *core, struct winnow_session *sessio
     bool here = core->n_workers > 1 &&
                 session->op.run->n_blocks * session->context->shape.n_kv_heads < n_here_blocks;
     uint32_t n_heads = session->context->shape.n_kv_heads;
+    winnow_assert(session->op.n_items == 0);
     if (winnow_pool_size(core->items) - winnow_pool_used(core->items) < n_heads)
         return false;
     for (uint32_t head = 0; head < n_heads; head++) {
         struct winnow_item *item = winnow_item_take(core, session);
+        winnow_assert(item);
         item->head = head;
         session->op.n_items++;
         if (here)
@@ -270,6 +283,7 @@ static void exact_choose(struct winnow_core *core, struct winnow_session *sessio
 static void score_begin(struct winnow_core *core, struct winnow_session *session)
 {
     struct winnow_op *op = &session->op;
+    winnow_assert(op->appended);
     if (winnow_run_prepare(core, op->run, session, list_blocks(session)) < 0) {
         winnow_op_fail(
             op, -EDQUOT,
@@ -325,6 +339,10 @@ void winnow_decode_loaded(struct winnow_core *core, struct winnow_session *sessi
     struct winnow_op *op = &session->op;
     struct winnow_group *group = &op->run->group[load->group];
     uint32_t i = load->place;
+    winnow_assert(load->group < WINNOW_N_GROUPS);
+    winnow_assert(i < group->n);
+    winnow_assert(group->state == WINNOW_GROUP_READING);
+    winnow_assert(group->source[i] == WINNOW_FROM_NOWHERE);
     if (result == 0) {
         group->data[i] = load->data;
         group->slot[i] = load->slot ? load->slot - 1 : 0;
@@ -356,6 +374,9 @@ static void attend_group(const struct winnow_item *item, uint32_t group_idx)
     const struct winnow_model_shape *shape = &session->context->shape;
     struct winnow_run *run = session->op.run;
     struct winnow_group *group = &run->group[group_idx];
+    winnow_assert(group->state == WINNOW_GROUP_RUNNING);
+    winnow_assert(group->n_missing == 0);
+    winnow_assert(group->head < shape->n_kv_heads);
     uint32_t G = winnow_group_heads(shape), n = 0, block[WINNOW_GROUP_BLOCKS];
     uint32_t n_tokens[WINNOW_GROUP_BLOCKS];
     const void *data[WINNOW_GROUP_BLOCKS];
@@ -387,6 +408,7 @@ static void attend_run(struct winnow_work *work, uint32_t worker_idx)
 static void groups_merge(struct winnow_core *core, struct winnow_session *session)
 {
     struct winnow_op *op = &session->op;
+    winnow_assert(op->group_next - op->group_first <= WINNOW_N_GROUPS);
     for (; op->group_first < op->group_next; op->group_first++) {
         uint32_t group_idx = (uint32_t)(op->group_first % WINNOW_N_GROUPS);
         struct winnow_group *group = &op->run->group[group_idx];
@@ -403,6 +425,7 @@ static void attend_done(struct winnow_core *core, struct winnow_item *item)
     struct winnow_op *op = &item->session->op;
     for (uint32_t i = 0; i < item->n; i++) {
         struct winnow_group *group = &op->run->group[item->group[i]];
+        winnow_assert(group->state == WINNOW_GROUP_RUNNING);
         winnow_group_release(core, item->session, group);
         group->state = WINNOW_GROUP_DONE;
     }
@@ -415,6 +438,8 @@ static void attend_done(struct winnow_core *core, struct winnow_item *item)
 static void item_send(struct winnow_core *core, struct winnow_session *session,
                       struct winnow_item *item, bool here)
 {
+    winnow_assert(item->n > 0);
+    winnow_assert(item->n <= WINNOW_ITEM_GROUPS);
     session->op.n_items++;
     if (here)
         winnow_item_run_here(core, item, attend_run, attend_done);
@@ -502,6 +527,7 @@ static void verify_run(struct winnow_work *work, uint32_t worker_idx)
     uint32_t G = winnow_group_heads(&item->session->context->shape);
     float *mass = run->mass + item->head * G, *rho = run->rho + item->head * G;
     bool first = op->state == WINNOW_OP_VERIFY;
+    winnow_assert(first || op->state == WINNOW_OP_CERTIFY);
     (void)worker_idx;
     if (run->exact[item->head]) {
         for (uint32_t g = 0; g < G; g++)
@@ -515,6 +541,7 @@ static void verify_run(struct winnow_work *work, uint32_t worker_idx)
         return; /* finished in the first round */
     uint32_t n_more = item->kernels->select_more(&run->selection[item->head], rho, mass, first,
                                                  run->scratch + item->head * run->scratch_bytes);
+    winnow_assert(n_more <= run->n_blocks);
     if (first)
         run->n_more[item->head] = n_more;
     if (!first || n_more == 0)
@@ -534,6 +561,8 @@ static void strict_begin(struct winnow_session *session)
 {
     const struct winnow_model_shape *shape = &session->context->shape;
     struct winnow_run *run = session->op.run;
+    winnow_assert(!session->op.whole);
+    winnow_assert(session->op.n_items == 0);
     memset(run->exact, 1, shape->n_kv_heads);
     memcpy(run->acc, run->base, shape->n_kv_heads * winnow_partial_floats(shape) * sizeof(float));
     session->op.whole = true;
@@ -626,6 +655,8 @@ static bool advance_once(struct winnow_core *core, struct winnow_session *sessio
 void winnow_decode_advance(struct winnow_core *core, struct winnow_session *session)
 {
     struct winnow_op *op = &session->op;
+    winnow_assert(op->run);
+    winnow_assert(!op->pass);
     for (;;) {
         bool reads = op->state == WINNOW_OP_READ || op->state == WINNOW_OP_READ_MORE ||
                      op->state == WINNOW_OP_PROBE || op->state == WINNOW_OP_DEVICE_READ;

@@ -33,6 +33,7 @@ static uint32_t slots_take(struct winnow_slots *slots)
 
 static void slots_give(struct winnow_slots *slots, uint32_t number_plus_1)
 {
+    winnow_assert(number_plus_1 > 0);
     slots->free[slots->n_free++] = number_plus_1 - 1;
 }
 
@@ -104,6 +105,8 @@ static bool gpu_create(struct winnow_core *core, const struct winnow_model_shape
                        uint32_t n_sinks)
 {
     struct winnow_device *device = core->tiers.device;
+    winnow_assert(!device->gpu);
+    winnow_assert(device->n_sessions == 0);
     char text[256];
     if (!options_choose(core, shape, n_sinks, &device->shape_options))
         return false;
@@ -130,6 +133,7 @@ int winnow_device_create(struct winnow_core *core, struct winnow_device **ret_de
                          char text[256])
 {
     size_t arena_bytes;
+    winnow_assert(core->options.gpu);
     void *arena = winnow_arena_base(core->tiers.arena, &arena_bytes);
     snprintf(text, 256, "no memory for the device's tables");
     struct winnow_device *device = winnow_alloc(sizeof *device);
@@ -153,6 +157,7 @@ void winnow_device_destroy(struct winnow_device *device)
 {
     if (!device)
         return;
+    winnow_assert(device->n_sessions == 0);
     gpu_destroy(device);
     device->api->close(device->device);
     winnow_alloc_free(device->waiting);
@@ -186,6 +191,7 @@ void winnow_device_join(struct winnow_core *core, struct winnow_session *session
 {
     struct winnow_device *device = core->tiers.device;
     const struct winnow_context *context = session->context;
+    winnow_assert(session->device_slot == 0);
     if (!device || device->lost || context->shape.block_layout != WINNOW_BLOCK_FRAGMENTS)
         return;
     if (!device->gpu && !gpu_create(core, &context->shape, context->n_sinks))
@@ -198,6 +204,7 @@ void winnow_device_join(struct winnow_core *core, struct winnow_session *session
     if (session->device_segments)
         session->device_slot = slots_take(&device->session_slots);
     device->n_sessions += session->device_slot != 0;
+    winnow_assert(device->n_sessions <= device->shape_options.n_sessions_max);
 }
 
 void winnow_device_leave(struct winnow_core *core, struct winnow_session *session)
@@ -207,6 +214,8 @@ void winnow_device_leave(struct winnow_core *core, struct winnow_session *sessio
     session->device_segments = NULL;
     if (!session->device_slot)
         return;
+    winnow_assert(device->n_sessions > 0);
+    winnow_assert(device->session_slots.n_free < device->shape_options.n_sessions_max);
     slots_give(&device->session_slots, session->device_slot);
     session->device_slot = 0;
     device->n_sessions--;
@@ -216,6 +225,8 @@ void winnow_device_segment_end(struct winnow_device *device, struct winnow_segme
 {
     if (!segment->device_slot)
         return;
+    winnow_assert(device->gpu);
+    winnow_assert(device->segment_slots.n_free < device->shape_options.n_segments_max);
     if (!device->lost && device->api->segment_drop(device->gpu, segment->device_slot - 1) < 0)
         device->lost = true;
     slots_give(&device->segment_slots, segment->device_slot);
@@ -238,6 +249,8 @@ static uint32_t home_of(const struct winnow_core *core, uint32_t place)
     if (!place)
         return WINNOW_GPU_ON_DISK;
     const uint8_t *data = winnow_arena_data(core->tiers.arena, place - 1);
+    winnow_assert(data >= base);
+    winnow_assert((size_t)(data - base) % WINNOW_PAGE_BYTES == 0);
     return (uint32_t)((size_t)(data - base) / WINNOW_PAGE_BYTES);
 }
 
@@ -247,6 +260,9 @@ static int segment_sync(struct winnow_core *core, struct winnow_segment *segment
     struct winnow_segment_layer *state = &segment->layer[layer];
     uint32_t n_heads = segment->shape.n_kv_heads, n = n_heads * segment->n_blocks;
     const uint32_t *place = winnow_segment_place(segment, layer);
+    winnow_assert(state->in_force);
+    winnow_assert(n_heads == device->shape_options.shape.n_kv_heads);
+    winnow_assert(segment->n_blocks * WINNOW_BLOCK_TOKENS == device->shape_options.segment_tokens);
     if (!segment->device_slot)
         segment->device_slot = slots_take(&device->segment_slots);
     if (!segment->device_slot)
@@ -276,6 +292,9 @@ static int segments_sync(struct winnow_core *core, struct winnow_session *sessio
     struct winnow_context *context = session->context;
     uint32_t n = context->layer[session->op.layer].n_segments,
              n_listed = session->n_device_segments;
+    winnow_assert(session->device_slot > 0);
+    winnow_assert(n <= context->n_segments_max);
+    winnow_assert(n_listed <= context->n_segments_max);
     bool same = n <= n_listed;
     for (uint32_t k = 0; k < n; k++) {
         int rc = segment_sync(core, context->segment[k], session->op.layer);
@@ -300,6 +319,8 @@ static int tail_sync(struct winnow_core *core, struct winnow_session *session, u
     uint32_t layer = session->op.layer;
     struct winnow_session_layer *state = &session->layer[layer];
     uint32_t number[TAIL_AT_ONCE], n = 0, n_heads = context->shape.n_kv_heads;
+    winnow_assert(n_tokens <= context->layer[layer].held);
+    winnow_assert(state->on_device <= context->layer[layer].held);
     int rc = 0;
     for (uint32_t i = 0; i < context->layer[layer].n_blocks && rc == 0; i++) {
         uint64_t at = winnow_context_position_of(context, layer, i);
@@ -330,6 +351,8 @@ int winnow_device_sync(struct winnow_core *core, struct winnow_session *session,
     const struct winnow_context_layer *layer = &session->context->layer[op->layer];
     bool appends = (request->attend.flags & WINNOW_ITEM_HAS_KV) &&
                    session->layer[op->layer].on_device < layer->held;
+    winnow_assert(op->run->taken);
+    winnow_assert(request->kind == WINNOW_REQUEST_ATTEND);
     int rc = segments_sync(core, session);
     if (rc == 0)
         rc = tail_sync(core, session, layer->held - appends);

@@ -22,6 +22,8 @@ static void to_cpu(struct winnow_core *core, struct winnow_session *session)
 {
     struct winnow_op *op = &session->op;
     struct winnow_core_certificate *c = &op->certificate;
+    winnow_assert(op->n_items == 0);
+    winnow_assert(op->n_loads == 0);
     blocks_release(core, session);
     c->n_blocks_host = c->n_blocks_disk = c->n_blocks_missed = 0; /* those it will find */
     op->state = WINNOW_OP_BUILD;
@@ -32,6 +34,8 @@ static void to_cpu(struct winnow_core *core, struct winnow_session *session)
 
 void winnow_device_refuse(struct winnow_core *core, struct winnow_session *session)
 {
+    winnow_assert(session->op.by_device);
+    winnow_assert(session->op.state == WINNOW_OP_STRICT);
     session->op.mass = 1;
     to_cpu(core, session);
 }
@@ -45,12 +49,14 @@ static void lose(struct winnow_core *core)
         struct winnow_launch *launch = &device->launch[device->launch_first];
         device->launch_first = (device->launch_first + 1) % WINNOW_N_LAUNCHES;
         for (uint32_t i = 0; i < launch->n; i++) {
+            winnow_assert(launch->session[i]->op.n_items > 0);
             launch->session[i]->op.n_items--;
             to_cpu(core, launch->session[i]);
         }
     }
     while (device->n_waiting) {
         struct winnow_session *session = device->waiting[--device->n_waiting];
+        winnow_assert(session->op.n_items > 0);
         session->op.n_items--;
         to_cpu(core, session);
     }
@@ -60,6 +66,9 @@ static void lose(struct winnow_core *core)
 static void wait_for_launch(struct winnow_core *core, struct winnow_session *session)
 {
     struct winnow_device *device = core->tiers.device;
+    winnow_assert(session->device_slot > 0);
+    winnow_assert(session->op.n_items == 0);
+    winnow_assert(device->n_waiting < core->n_runs_max);
     session->op.state = WINNOW_OP_DEVICE;
     session->op.n_items++;
     device->waiting[device->n_waiting++] = session;
@@ -93,9 +102,13 @@ static bool launch_send(struct winnow_core *core)
         &device->launch[(device->launch_first + device->n_launches) % WINNOW_N_LAUNCHES];
     uint64_t n_blocks = 0;
     uint32_t n_sent = 0;
+    winnow_assert(device->n_waiting > 0);
+    winnow_assert(device->n_launches < WINNOW_N_LAUNCHES);
     launch->n = 0;
     for (; n_sent < device->n_waiting && launch->n < device->shape_options.n_items_max; n_sent++) {
         struct winnow_session *session = device->waiting[n_sent];
+        winnow_assert(session->op.state == WINNOW_OP_DEVICE);
+        winnow_assert(session->op.n_items > 0);
         n_blocks += session->op.run->n_blocks;
         if (launch->n && n_blocks > device->shape_options.n_launch_blocks_max)
             break;
@@ -146,6 +159,8 @@ static void step_done(struct winnow_core *core, struct winnow_session *session,
 {
     struct winnow_op *op = &session->op;
     struct winnow_core_certificate *c = &op->certificate;
+    winnow_assert(op->state == WINNOW_OP_DEVICE);
+    winnow_assert(op->n_items > 0);
     op->n_items--;
     session->layer[op->layer].on_device = session->context->layer[op->layer].held;
     core->progress = true;
@@ -199,6 +214,8 @@ static bool launch_take(struct winnow_core *core)
         lose(core);
     if (rc <= 0)
         return false;
+    winnow_assert(launch->n > 0);
+    winnow_assert(launch->ticket > 0);
     device->launch_first = (device->launch_first + 1) % WINNOW_N_LAUNCHES;
     if (--device->n_launches == 0)
         winnow_arena_freeze(core->tiers.arena, false);

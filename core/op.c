@@ -12,6 +12,10 @@ void winnow_op_start_next(struct winnow_core *core, struct winnow_session *sessi
     struct winnow_request *request = session->queue_first;
     if (!request || session->op.state != WINNOW_OP_NONE)
         return;
+    winnow_assert(!session->closing);
+    winnow_assert(core->n_active < winnow_pool_used(core->sessions));
+    winnow_assert(!session->op.run);
+    winnow_assert(!session->op.pass);
     winnow_queue_leave(session, &session->queue_first);
     session->op = (struct winnow_op){.request = request,
                                      .number = ++core->n_ops,
@@ -40,7 +44,14 @@ void winnow_op_fail(struct winnow_op *op, int error, const char *format, ...)
 static void op_release(struct winnow_core *core, struct winnow_session *session)
 {
     struct winnow_op *op = &session->op;
+    winnow_assert(op->n_items == 0);
+    winnow_assert(!(op->run && op->pass));
+    winnow_assert(op->n_slots == 0 || op->slot);
     if (op->run) {
+        winnow_assert(op->run->taken);
+        winnow_assert(core->n_decoding > 0);
+        winnow_assert(op->group_first <= op->group_next);
+        winnow_assert(op->group_next - op->group_first <= WINNOW_N_GROUPS);
         for (uint64_t g = op->group_first; g < op->group_next; g++)
             winnow_group_release(core, session, &op->run->group[g % WINNOW_N_GROUPS]);
         op->run->taken = false;
@@ -52,6 +63,7 @@ static void op_release(struct winnow_core *core, struct winnow_session *session)
     if (op->pass && is_window) /* blocks of a window that failed */
         winnow_context_shrink(session->context, op->layer, session->context->layer[op->layer].held);
     if (op->pass) {
+        winnow_assert(op->pass->taken);
         for (uint32_t i = 0; i < 2; i++)
             winnow_chunk_release(core, session, &op->pass->chunk[i]);
         op->pass->taken = false;
@@ -66,6 +78,7 @@ static void op_release(struct winnow_core *core, struct winnow_session *session)
 
 void winnow_op_lost(struct winnow_op *op, const struct winnow_segment *segment, int result)
 {
+    winnow_assert(result < 0);
     if (result == -ETIMEDOUT) {
         winnow_op_fail(op, -ETIMEDOUT, "the disk is late: layer %u. hint: a later deadline",
                        op->layer);
@@ -85,6 +98,7 @@ bool winnow_op_slots_take(struct winnow_core *core, struct winnow_session *sessi
 {
     struct winnow_op *op = &session->op;
     uint32_t block_bytes = winnow_block_bytes(&session->context->shape);
+    winnow_assert(op->n_slots == 0);
     if (!op->slot)
         op->slot = winnow_alloc_array(n, sizeof *op->slot);
     if (!op->slot || (n > 0 && winnow_arena_take(core->tiers.arena, block_bytes, n, op->slot,
@@ -99,6 +113,9 @@ void winnow_op_end(struct winnow_core *core, struct winnow_session *session)
     struct winnow_op *op = &session->op;
     struct winnow_request *request = op->request;
     winnow_assert(op->n_items == 0);
+    winnow_assert(op->state != WINNOW_OP_NONE);
+    winnow_assert(core->n_active > 0);
+    winnow_assert(core->active[session->active_idx] == session);
     op_release(core, session);
     op->state = WINNOW_OP_NONE;
     op->request = NULL;
@@ -119,6 +136,8 @@ void winnow_op_end(struct winnow_core *core, struct winnow_session *session)
 
 static void queue_for_run(struct winnow_core *core, struct winnow_session *session)
 {
+    winnow_assert(session->op.state == WINNOW_OP_BEGIN);
+    winnow_assert(*core->wait_run_last == NULL);
     session->op.state = WINNOW_OP_QUEUED;
     session->next_run = NULL;
     *core->wait_run_last = session;
@@ -128,8 +147,11 @@ static void queue_for_run(struct winnow_core *core, struct winnow_session *sessi
 static void leave_run_queue(struct winnow_core *core, struct winnow_session *session)
 {
     struct winnow_session **at = &core->wait_run_first;
-    while (*at != session)
+    winnow_assert(session->op.state == WINNOW_OP_QUEUED);
+    while (*at != session) {
+        winnow_assert(*at); /* it is in the queue */
         at = &(*at)->next_run;
+    }
     *at = session->next_run;
     if (core->wait_run_last == &session->next_run)
         core->wait_run_last = at;
@@ -137,6 +159,8 @@ static void leave_run_queue(struct winnow_core *core, struct winnow_session *ses
 
 static bool op_take_run(struct winnow_core *core, struct winnow_op *op)
 {
+    winnow_assert(!op->run);
+    winnow_assert(!op->pass);
     if (op->request->kind == WINNOW_REQUEST_ATTEND) {
         for (uint32_t i = 0; i < core->n_runs_max; i++) /* the largest: it need not grow */
             if (!core->run[i].taken &&
@@ -144,6 +168,7 @@ static bool op_take_run(struct winnow_core *core, struct winnow_op *op)
                 op->run = &core->run[i];
         if (!op->run)
             return false;
+        winnow_assert(core->n_decoding < core->n_runs_max);
         op->run->taken = true;
         op->group_first = op->group_next = 0;
         core->n_decoding++;
@@ -186,6 +211,7 @@ static void op_run(struct winnow_core *core, struct winnow_session *session)
 static void op_advance(struct winnow_core *core, struct winnow_session *session)
 {
     struct winnow_op *op = &session->op;
+    winnow_assert(op->state != WINNOW_OP_NONE);
     if (op->cancelled)
         winnow_op_fail(op, -ECANCELED, "cancelled");
     else if (op->request && op->request->deadline_ns <= core->now_ns)
@@ -216,6 +242,7 @@ static void run_queue_serve(struct winnow_core *core)
     struct winnow_session **at = &core->wait_run_first;
     while (*at) {
         struct winnow_session *session = *at;
+        winnow_assert(session->op.state == WINNOW_OP_QUEUED);
         if (!op_take_run(core, &session->op)) {
             at = &session->next_run;
             continue;
@@ -232,6 +259,7 @@ int64_t winnow_ops_advance(struct winnow_core *core)
     run_queue_serve(core);
     for (uint32_t i = core->n_active; i-- > 0;) { /* an op that ends leaves its place to the last */
         struct winnow_session *session = core->active[i];
+        winnow_assert(session->active_idx == i);
         struct winnow_request *request = session->op.request;
         int64_t queue_ns = winnow_queue_expire(core, session);
         if (request && session->op.failure == 0 && request->deadline_ns < next_ns)

@@ -20,6 +20,10 @@ void winnow_plan_begin(struct winnow_session *session, uint8_t wanted, bool exac
 {
     struct winnow_op *op = &session->op;
     const struct winnow_run *run = op->run;
+    winnow_assert(run->taken);
+    winnow_assert(wanted >= 1);
+    winnow_assert(wanted <= 3);
+    winnow_assert(op->n_loads == 0);
     bool all_exact = true;
     for (uint32_t head = 0; head < session->context->shape.n_kv_heads; head++)
         all_exact &= run->exact[head] != 0;
@@ -74,6 +78,7 @@ static bool group_choose(const struct winnow_session *session, struct winnow_cur
         if (cursor_wants(session, cursor)) {
             group->head = cursor->head;
             group->block[group->n++] = cursor->segment_idx * n_span + cursor->block_idx;
+            winnow_assert(group->block[group->n - 1] < session->op.run->n_blocks);
         }
         if (!cursor_step(session, cursor))
             break;
@@ -84,9 +89,13 @@ static bool group_choose(const struct winnow_session *session, struct winnow_cur
 struct winnow_load *winnow_load_take(struct winnow_core *core, struct winnow_session *session,
                                      struct winnow_segment *segment, uint32_t block_idx)
 {
+    uint32_t n_of_layer = segment->shape.n_kv_heads * segment->n_blocks;
     struct winnow_load *load = winnow_pool_take(core->loads);
     if (!load)
         return NULL;
+    winnow_assert(block_idx < segment->shape.n_layers * n_of_layer);
+    winnow_assert(segment->stored);
+    winnow_assert(segment->layer[block_idx / n_of_layer].on_disk);
     winnow_segment_ref(segment);
     *load = (struct winnow_load){.segment = segment,
                                  .session_handle = winnow_pool_handle(core->sessions, session),
@@ -116,6 +125,8 @@ static bool load_place(struct winnow_core *core, struct winnow_session *session,
 
 void *winnow_stage_take(struct winnow_core *core, struct winnow_stage *stage, uint32_t block_bytes)
 {
+    winnow_assert(block_bytes > 0);
+    winnow_assert(block_bytes <= WINNOW_STAGING_BYTES);
     if (stage->piece && stage->used_bytes + block_bytes > WINNOW_STAGING_BYTES)
         winnow_stage_finish(core, stage);
     if (!stage->piece) {
@@ -126,6 +137,7 @@ void *winnow_stage_take(struct winnow_core *core, struct winnow_stage *stage, ui
     }
     void *data = stage->piece + stage->used_bytes;
     stage->used_bytes += block_bytes;
+    winnow_assert(stage->used_bytes <= WINNOW_STAGING_BYTES);
     winnow_arena_staging_hold(core->tiers.arena, data);
     return data;
 }
@@ -139,6 +151,8 @@ void winnow_stage_finish(struct winnow_core *core, struct winnow_stage *stage)
 
 void winnow_load_abandon(struct winnow_core *core, struct winnow_load *load)
 {
+    winnow_assert(load->segment);
+    winnow_assert(load->data);
     if (load->slot)
         winnow_arena_release(core->tiers.arena, load->slot - 1);
     else
@@ -168,6 +182,9 @@ static void batch_send(struct winnow_core *core, struct winnow_session *session,
 {
     if (batch->n == 0)
         return;
+    winnow_assert(core->tiers.store);
+    winnow_assert(batch->n <= N_READS_ONCE);
+    winnow_assert(session->op.n_loads + batch->n <= winnow_pool_used(core->loads));
     int rc = winnow_store_read(core->tiers.store, batch->read, batch->n, priority,
                                read_deadline(core, session));
     winnow_assert(rc == 0); /* WINNOW_STORE_REQUESTS: one for each load, and for each spill */
@@ -178,6 +195,7 @@ static void batch_send(struct winnow_core *core, struct winnow_session *session,
 void winnow_group_release(struct winnow_core *core, struct winnow_session *session,
                           struct winnow_group *group)
 {
+    winnow_assert(group->n <= WINNOW_GROUP_BLOCKS);
     (void)session;
     for (uint32_t i = 0; i < group->n; i++) {
         if (group->source[i] == WINNOW_FROM_CACHE)
@@ -195,6 +213,8 @@ static struct winnow_segment *block_segment(const struct winnow_session *session
 {
     const struct winnow_context *context = session->context;
     uint32_t n_span = context->segment_tokens / WINNOW_BLOCK_TOKENS;
+    winnow_assert(head < context->shape.n_kv_heads);
+    winnow_assert(block / n_span < context->layer[session->op.layer].n_segments);
     *ret_of_layer = head * n_span + block % n_span;
     return context->segment[block / n_span];
 }
@@ -220,11 +240,15 @@ static bool group_place(struct winnow_core *core, struct winnow_session *session
     struct winnow_op *op = &session->op;
     bool staged = reads_staged(core, session, group->head);
     uint32_t n_before = batch->n;
+    winnow_assert(group->n > 0);
+    winnow_assert(group->n_missing == 0);
+    winnow_assert(batch->n + group->n <= N_READS_ONCE);
     memset(group->source, WINNOW_FROM_NOWHERE, sizeof group->source);
     for (uint32_t i = 0; i < group->n; i++) {
         uint32_t of_layer, slot;
         struct winnow_segment *segment =
             block_segment(session, group->head, group->block[i], &of_layer);
+        winnow_assert(segment->layer[op->layer].in_force);
         uint32_t place = winnow_segment_place(segment, op->layer)[of_layer];
         if (place) {
             winnow_arena_pin(core->tiers.arena, place - 1);
@@ -256,6 +280,7 @@ static bool group_place(struct winnow_core *core, struct winnow_session *session
                                                              winnow_pool_handle(core->loads, load)};
         group->n_missing++;
     }
+    winnow_assert(batch->n - n_before == group->n_missing);
     return true;
 
 fail_give_all:
@@ -294,6 +319,8 @@ void winnow_plan_fill(struct winnow_core *core, struct winnow_session *session)
         op->cursor = cursor;
         op->group_next++;
     }
+    winnow_assert(op->group_first <= op->group_next);
+    winnow_assert(op->group_next - op->group_first <= WINNOW_N_GROUPS);
     winnow_stage_finish(core, &stage);
     batch_send(core, session, &batch, priority);
 }
@@ -304,6 +331,8 @@ static void load_admit(struct winnow_core *core, struct winnow_load *load)
     struct winnow_segment *segment = load->segment;
     uint32_t blocks_per_layer = segment->shape.n_kv_heads * segment->n_blocks;
     uint32_t layer = load->block_idx / blocks_per_layer;
+    winnow_assert(layer < segment->shape.n_layers);
+    winnow_assert(segment->layer[layer].on_disk);
     if (!segment->layer[layer].in_force)
         return;
     uint32_t *place = &winnow_segment_place(segment, layer)[load->block_idx % blocks_per_layer];
@@ -312,6 +341,7 @@ static void load_admit(struct winnow_core *core, struct winnow_load *load)
     winnow_arena_cache(core->tiers.arena, load->slot - 1, segment, load->block_idx, true);
     *place = load->slot;
     segment->layer[layer].n_places++;
+    winnow_assert(segment->layer[layer].n_places <= blocks_per_layer);
     segment->layer[layer].homes_stale = true;
 }
 
@@ -333,6 +363,7 @@ void winnow_load_done(struct winnow_core *core, const struct winnow_store_done *
 {
     struct winnow_load *load = winnow_pool_find(core->loads, done->tag);
     winnow_assert(load);
+    winnow_assert(!(load->told && done->held));
     struct winnow_session *session = winnow_pool_find(core->sessions, load->session_handle);
     bool waits = session && session->op.number == load->op_number && !load->told;
     bytes_count(core, session, load, done->disk_bytes);
@@ -342,6 +373,8 @@ void winnow_load_done(struct winnow_core *core, const struct winnow_store_done *
         cached = winnow_arena_is_cache(core->tiers.arena, load->slot - 1);
     }
     if (waits) {
+        winnow_assert(session->op.n_loads > 0);
+        winnow_assert(session->op.pass || session->op.run);
         session->op.n_loads--;
         load->cached = cached;
         if (session->op.pass)

@@ -1,4 +1,5 @@
 // Requests: how they come in, which session they are for, how they wait there and leave.
+#include <assert.h>
 #include <base/assert.h>
 #include <base/clock.h>
 #include <core/session.h>
@@ -6,6 +7,10 @@
 #include <stdio.h>
 
 enum { N_REQUESTS_MAX = 4096 };
+
+static_assert((N_REQUESTS_MAX & (N_REQUESTS_MAX - 1)) == 0, "the ring does not round it up");
+static_assert(sizeof(((struct winnow_core_stats *)0)->n_errors) / sizeof(uint64_t) == 134,
+              "winnow_request_done counts below it");
 
 struct message {
     struct winnow_request *request;
@@ -28,6 +33,8 @@ static int message_send(struct winnow_core *core, struct winnow_request *request
 
 int winnow_core_submit(struct winnow_core *core, struct winnow_request *request)
 {
+    winnow_assert(request);
+    winnow_assert(request->done);
     return message_send(core, request, false);
 }
 
@@ -38,6 +45,7 @@ void winnow_core_cancel(struct winnow_core *core, struct winnow_request *request
 
 void winnow_request_done(struct winnow_core *core, struct winnow_request *request)
 {
+    winnow_assert(request->status <= 0);
     if (request->status < 0 && -request->status < 134)
         core->stats.n_errors[-request->status]++;
     request->done(request);
@@ -46,6 +54,7 @@ void winnow_request_done(struct winnow_core *core, struct winnow_request *reques
 static void request_fail(struct winnow_core *core, struct winnow_request *request, int error,
                          const char *text)
 {
+    winnow_assert(error < 0);
     request->status = error;
     snprintf(request->text, sizeof request->text, "%s", text);
     winnow_request_done(core, request);
@@ -78,6 +87,8 @@ uint64_t winnow_request_held(const struct winnow_session *session,
 void winnow_queue_leave(struct winnow_session *session, struct winnow_request **at)
 {
     struct winnow_request *request = *at;
+    winnow_assert(request);
+    winnow_assert(!*session->queue_last);
     *at = request->next;
     if (session->queue_last == &request->next)
         session->queue_last = at;
@@ -104,6 +115,7 @@ int64_t winnow_queue_expire(struct winnow_core *core, struct winnow_session *ses
 
 static void session_close(struct winnow_core *core, struct winnow_session *session)
 {
+    winnow_assert(!session->closing);
     session->closing = true;
     while (session->queue_first) {
         struct winnow_request *request = session->queue_first;
@@ -128,6 +140,8 @@ static void close_owner(struct winnow_core *core, uint64_t owner)
 static void request_queue(struct winnow_core *core, struct winnow_session *session,
                           struct winnow_request *request)
 {
+    winnow_assert(!session->closing);
+    winnow_assert(!*session->queue_last);
     request->next = NULL;
     *session->queue_last = request;
     session->queue_last = &request->next;

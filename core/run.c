@@ -14,6 +14,7 @@ struct cutter {
 
 static void *cut(struct cutter *cutter, size_t n_items, size_t item_bytes)
 {
+    winnow_assert((uintptr_t)cutter->base % 64 == 0);
     void *piece = cutter->base ? cutter->base + cutter->at : NULL;
     cutter->at += (n_items * item_bytes + 63) & ~(size_t)63;
     return piece;
@@ -66,6 +67,7 @@ int winnow_run_prepare(struct winnow_core *core, struct winnow_run *run,
 {
     const struct winnow_model_shape *shape = &session->context->shape;
     struct winnow_run sums = {0};
+    winnow_assert(run->taken);
     size_t need_bytes = run_cut(&sums, NULL, core, shape, n_blocks);
     if (need_bytes > run->memory_bytes) {
         size_t take_bytes = need_bytes + need_bytes / 4; /* room for some segments more */
@@ -79,7 +81,9 @@ int winnow_run_prepare(struct winnow_core *core, struct winnow_run *run,
         if (!run->memory)
             return -EDQUOT;
     }
-    run_cut(run, run->memory, core, shape, n_blocks);
+    size_t cut_bytes = run_cut(run, run->memory, core, shape, n_blocks);
+    winnow_assert(cut_bytes == need_bytes);
+    winnow_assert(cut_bytes <= run->memory_bytes);
     run->n_blocks = n_blocks;
     memset(run->exact, 0, shape->n_kv_heads);
     for (uint32_t head = 0; head < shape->n_kv_heads; head++)
@@ -124,6 +128,7 @@ int winnow_pass_prepare(struct winnow_pass *pass, const struct winnow_session *s
     const struct winnow_context *context = session->context;
     uint32_t n_span = context->segment_tokens / WINNOW_BLOCK_TOKENS;
     struct winnow_pass sums = {0};
+    winnow_assert(pass->taken);
     size_t need_bytes = pass_cut(&sums, NULL, &context->shape, n_span);
     if (need_bytes > pass->memory_bytes) {
         void *memory = winnow_alloc(need_bytes);
@@ -133,7 +138,9 @@ int winnow_pass_prepare(struct winnow_pass *pass, const struct winnow_session *s
         pass->memory = memory;
         pass->memory_bytes = need_bytes;
     }
-    pass_cut(pass, pass->memory, &context->shape, n_span);
+    size_t cut_bytes = pass_cut(pass, pass->memory, &context->shape, n_span);
+    winnow_assert(cut_bytes == need_bytes);
+    winnow_assert(cut_bytes <= pass->memory_bytes);
     return 0;
 }
 
@@ -164,6 +171,7 @@ int winnow_core_scratch_grow(struct winnow_core *core, const struct winnow_model
     size_t need_bytes = worker_bytes(core, shape, segment_tokens);
     if (need_bytes <= core->scratch_bytes)
         return 0;
+    winnow_assert(core->n_retired <= WINNOW_N_RETIRED);
     if (core->n_retired == WINNOW_N_RETIRED)
         return -EDQUOT;
     uint8_t **grown = winnow_alloc_array(core->n_workers, sizeof *grown);

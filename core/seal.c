@@ -24,6 +24,7 @@ void winnow_seal_owe(struct winnow_session *session, uint32_t layer)
     uint64_t *sealed_to = &session->layer[layer].sealed_to;
     if (held >= *sealed_to + WINNOW_RECENT_TOKENS)
         *sealed_to = held - WINNOW_RECENT_TOKENS;
+    winnow_assert(*sealed_to <= held);
 }
 
 static uint32_t span_first(const struct winnow_context *context)
@@ -42,6 +43,8 @@ static struct span span_unpack(const struct winnow_item *item, uint32_t worker_i
     const struct winnow_context *context = item->session->context;
     const struct winnow_model_shape *shape = &context->shape;
     uint32_t n_span = context->segment_tokens / WINNOW_BLOCK_TOKENS;
+    winnow_assert(item->scratch[worker_idx]);
+    winnow_assert(item->head < shape->n_kv_heads);
     struct span span = {.k = (float *)(void *)item->scratch[worker_idx]};
     span.v = span.k + (size_t)context->segment_tokens * shape->k_width;
     span.scratch = span.v + (size_t)context->segment_tokens * shape->v_width;
@@ -69,7 +72,9 @@ static void build_done(struct winnow_core *core, struct winnow_item *item)
     struct winnow_session *session = item->session;
     struct winnow_session_layer *layer = &session->layer[item->layer];
     winnow_assert(item->result == 0); /* tail blocks are finite: checked at the door */
-    winnow_assert(layer->seal_state == WINNOW_SEAL_BUILDING && layer->n_builds > 0);
+    winnow_assert(layer->seal_state == WINNOW_SEAL_BUILDING);
+    winnow_assert(layer->n_builds > 0);
+    winnow_assert(session->n_builds >= layer->n_builds);
     session->n_builds--;
     if (--layer->n_builds == 0)
         layer->seal_state = WINNOW_SEAL_BUILT;
@@ -93,6 +98,9 @@ static int segment_prepare(struct winnow_core *core, struct winnow_session *sess
         if (!context->segment[k])
             return -EDQUOT;
     }
+    winnow_assert(context->segment[k]->n_blocks == n_blocks);
+    winnow_assert(context->segment[k]->first_token ==
+                  winnow_context_span_end(context, layer) - context->segment_tokens);
     return winnow_segment_layer_take(context->segment[k], layer);
 }
 
@@ -106,12 +114,15 @@ int winnow_seal_start(struct winnow_core *core, struct winnow_session *session, 
         return 0;
     if (winnow_pool_size(core->items) - winnow_pool_used(core->items) < n_heads)
         return 0; /* the next call tries again; who waits for the build calls again */
+    winnow_assert(state->n_builds == 0);
+    winnow_assert(context->layer[layer].held >= winnow_context_span_end(context, layer));
     int rc = segment_prepare(core, session, layer);
     if (rc < 0)
         return rc;
     state->seal_state = WINNOW_SEAL_BUILDING;
     for (uint32_t head = 0; head < n_heads; head++) {
         struct winnow_item *item = winnow_item_take(core, session);
+        winnow_assert(item);
         item->layer = layer;
         item->head = head;
         item->segment = context->segment[context->layer[layer].n_segments];
@@ -134,6 +145,7 @@ static void permute_run(struct winnow_work *work, uint32_t worker_idx)
             winnow_context_block(context, item->layer, item->head, span_first(context) + b);
         for (uint32_t j = 0; j < WINNOW_BLOCK_TOKENS; j++) {
             size_t from = order[b * WINNOW_BLOCK_TOKENS + j];
+            winnow_assert(from < context->segment_tokens);
             item->kernels->block_pack(shape, j, 1, span.k + from * shape->k_width,
                                       span.v + from * shape->v_width, block);
         }
@@ -160,7 +172,8 @@ static void permute_done(struct winnow_core *core, struct winnow_item *item)
     struct winnow_session *session = item->session;
     struct winnow_session_layer *state = &session->layer[item->layer];
     winnow_item_done(core, item);
-    winnow_assert(state->seal_state == WINNOW_SEAL_PERMUTING && state->n_builds > 0);
+    winnow_assert(state->seal_state == WINNOW_SEAL_PERMUTING);
+    winnow_assert(state->n_builds > 0);
     if (--state->n_builds > 0)
         return;
     winnow_context_seal(session->context, item->layer);
@@ -174,6 +187,8 @@ void winnow_seal_permute(struct winnow_core *core, struct winnow_session *sessio
     struct winnow_session_layer *state = &session->layer[layer];
     uint32_t n_heads = context->shape.n_kv_heads;
     winnow_assert(state->seal_state == WINNOW_SEAL_BUILT);
+    winnow_assert(state->n_builds == 0);
+    winnow_assert(context->segment[context->layer[layer].n_segments]);
     if (winnow_pool_size(core->items) - winnow_pool_used(core->items) < n_heads)
         return;
     if (span_own(core, session, layer) < 0) {
@@ -183,6 +198,7 @@ void winnow_seal_permute(struct winnow_core *core, struct winnow_session *sessio
     state->seal_state = WINNOW_SEAL_PERMUTING;
     for (uint32_t head = 0; head < n_heads; head++) {
         struct winnow_item *item = winnow_item_take(core, session);
+        winnow_assert(item);
         item->layer = layer;
         item->head = head;
         item->segment = context->segment[context->layer[layer].n_segments];
@@ -197,6 +213,7 @@ void winnow_seal_forget(struct winnow_session *session, uint32_t layer)
     struct winnow_context *context = session->context;
     struct winnow_session_layer *state = &session->layer[layer];
     winnow_assert(state->n_builds == 0);
+    winnow_assert(state->seal_state == WINNOW_SEAL_NONE || state->seal_state == WINNOW_SEAL_BUILT);
     if (state->seal_state == WINNOW_SEAL_BUILT)
         winnow_segment_layer_give(context->segment[context->layer[layer].n_segments], layer);
     state->seal_state = WINNOW_SEAL_NONE;

@@ -79,6 +79,8 @@ static uint64_t promise_left(const struct winnow_session *session)
 
 uint64_t winnow_index_left(const struct winnow_core *core, const struct winnow_session *session)
 {
+    winnow_assert(winnow_index_memory_used(core->tiers.index) <=
+                  winnow_index_memory_cap(core->tiers.index));
     uint64_t left_bytes =
         winnow_index_memory_cap(core->tiers.index) - winnow_index_memory_used(core->tiers.index);
     for (uint32_t i = 0; core->n_promises && i < winnow_pool_size(core->sessions); i++) {
@@ -172,6 +174,10 @@ static struct winnow_session *session_create(struct winnow_core *core, uint64_t 
                                              const struct winnow_model_shape *shape,
                                              const struct winnow_session_options *options)
 {
+    winnow_assert(options->n_sinks > 0);
+    winnow_assert(options->n_sinks % WINNOW_BLOCK_TOKENS == 0);
+    winnow_assert(shape->n_layers <= WINNOW_LAYERS_MAX);
+    winnow_assert(shape->n_kv_heads <= WINNOW_KV_HEADS_MAX);
     struct winnow_session *session = winnow_pool_take(core->sessions);
     if (!session)
         return NULL;
@@ -227,6 +233,7 @@ static void keep_update(struct winnow_core *core)
 void winnow_session_destroy(struct winnow_core *core, struct winnow_session *session)
 {
     winnow_assert(session->n_builds == 0);
+    winnow_assert(session->promised_bytes == 0 || core->n_promises > 0);
     if (session->context && session->layer)
         for (uint32_t layer = 0; layer < session->context->shape.n_layers; layer++)
             winnow_seal_forget(session, layer);
@@ -334,11 +341,14 @@ static void session_add(const struct winnow_session *session, struct winnow_core
     stats->n_tokens_sealed += winnow_context_sealed(context);
     for (uint32_t layer = 0; layer < shape->n_layers; layer++) {
         const struct winnow_context_layer *state = &context->layer[layer];
+        winnow_assert(state->held >= (uint64_t)state->n_segments * context->segment_tokens);
         stats->kv_bytes += state->held * token_bytes;
         stats->kv_host_bytes +=
             (state->held - (uint64_t)state->n_segments * context->segment_tokens) * token_bytes;
         for (uint32_t k = 0; k < state->n_segments; k++) {
             const struct winnow_segment_layer *sealed = &context->segment[k]->layer[layer];
+            winnow_assert(sealed->in_force);
+            winnow_assert(sealed->n_places <= shape->n_kv_heads * context->segment[k]->n_blocks);
             stats->kv_host_bytes += (uint64_t)sealed->n_places * context->segment[k]->block_bytes;
             if (sealed->on_disk)
                 stats->kv_disk_bytes += context->segment_tokens * token_bytes;

@@ -10,6 +10,7 @@
  */
 #pragma once
 
+#include <assert.h>
 #include <base/pool.h>
 #include <base/ring.h>
 #include <base/rng.h>
@@ -36,6 +37,16 @@ enum {
     WINNOW_N_RETIRED = 64, /* growths of the workers' scratch */
 };
 
+static_assert((int)WINNOW_SEAL_TOKENS > (int)WINNOW_RECENT_TOKENS, "a build has steps to run in");
+static_assert(WINNOW_SEAL_TOKENS == 96, "context.c's n_blocks_max has room for it twice");
+static_assert(WINNOW_WINDOW_POSITIONS % WINNOW_TILE_POSITIONS == 0, "a pass is whole tiles");
+static_assert(WINNOW_KV_HEADS_MAX * (WINNOW_WINDOW_POSITIONS / WINNOW_TILE_POSITIONS) <=
+                  WINNOW_N_ITEMS,
+              "a phase of a window can be sent");
+static_assert(WINNOW_ITEM_GROUPS <= WINNOW_N_GROUPS, "an item's groups are one step's");
+static_assert(WINNOW_N_GROUPS <= UINT16_MAX, "a group's number in an item");
+static_assert((int)WINNOW_STEP_SLOTS >= (int)WINNOW_GROUP_BLOCKS, "every running step can go on");
+static_assert((int)WINNOW_N_LOADS < (int)WINNOW_STORE_REQUESTS, "the store takes every load");
 struct winnow_session;
 
 /* A piece of work for the team, on behalf of a session. */
@@ -51,6 +62,7 @@ struct winnow_item {
     int result;
 };
 
+static_assert(offsetof(struct winnow_item, work) == 0, "a work is cast to its item");
 /* A block on its way from disk into a slot of the cache (slot) or into staging. It outlives its op
  * when the op ends first: then it only puts its memory back. */
 struct winnow_load {

@@ -15,7 +15,13 @@ static const uint64_t SPILL_TAG = UINT64_C(1)
 void winnow_spill_queue(struct winnow_core *core, struct winnow_segment *segment, uint32_t layer)
 {
     struct winnow_segment_layer *state = &segment->layer[layer];
-    winnow_assert(state->in_force && !state->on_disk && !state->waits_to_spill);
+    winnow_assert(state->in_force);
+    winnow_assert(!state->on_disk);
+    winnow_assert(!state->waits_to_spill);
+    winnow_assert(state->n_written == 0);
+    winnow_assert(state->n_writes == 0);
+    winnow_assert(state->n_places == segment->shape.n_kv_heads * segment->n_blocks);
+    winnow_assert(*core->tiers.spill_last == NULL);
     state->waits_to_spill = true;
     state->next_spill = NULL;
     *core->tiers.spill_last = state;
@@ -28,6 +34,8 @@ static uint64_t spill_tag(const struct winnow_core *core, const void *piece)
     size_t n_bytes;
     uint64_t offset = (uint64_t)((const uint8_t *)piece -
                                  (uint8_t *)winnow_arena_base(core->tiers.arena, &n_bytes));
+    winnow_assert(offset % WINNOW_STAGING_BYTES == 0);
+    winnow_assert(offset / WINNOW_STAGING_BYTES < winnow_arena_staging_pieces(core->tiers.arena));
     return SPILL_TAG | offset / WINNOW_STAGING_BYTES;
 }
 
@@ -47,10 +55,14 @@ static int piece_write(struct winnow_core *core, struct winnow_segment_layer *st
     struct winnow_segment *segment = state->segment;
     uint32_t layer = (uint32_t)(state - segment->layer);
     uint32_t blocks_per_layer = segment->shape.n_kv_heads * segment->n_blocks;
+    winnow_assert(first + n <= blocks_per_layer);
+    winnow_assert((size_t)n * segment->block_bytes <= WINNOW_STAGING_BYTES);
     const uint32_t *place = winnow_segment_place(segment, layer);
-    for (uint32_t i = 0; i < n; i++)
+    for (uint32_t i = 0; i < n; i++) {
+        winnow_assert(place[first + i]); /* dirty: not evicted */
         memcpy(piece + (size_t)i * segment->block_bytes,
                winnow_arena_data(core->tiers.arena, place[first + i] - 1), segment->block_bytes);
+    }
     int rc = winnow_store_write(core->tiers.store, segment->stored,
                                 layer * blocks_per_layer + first, n, piece, spill_tag(core, piece));
     if (rc < 0)
@@ -66,6 +78,8 @@ static int piece_write(struct winnow_core *core, struct winnow_segment_layer *st
 static void layer_clean(struct winnow_core *core, struct winnow_segment_layer *state)
 {
     struct winnow_segment *segment = state->segment;
+    winnow_assert(!state->on_disk);
+    winnow_assert(state->n_places == segment->shape.n_kv_heads * segment->n_blocks);
     uint32_t *place = winnow_segment_place(segment, (uint32_t)(state - segment->layer));
     state->on_disk = true;
     for (uint32_t i = 0; i < segment->shape.n_kv_heads * segment->n_blocks; i++)
@@ -78,6 +92,8 @@ static int layer_write(struct winnow_core *core, struct winnow_segment_layer *st
     struct winnow_segment *segment = state->segment;
     uint32_t n_all = segment->shape.n_kv_heads * segment->n_blocks;
     uint32_t n_piece = WINNOW_STAGING_BYTES / segment->block_bytes;
+    winnow_assert(n_piece > 0);
+    winnow_assert(state->n_written <= n_all);
     while (state->n_written < n_all) {
         uint8_t *piece = winnow_arena_staging_take(core->tiers.arena);
         if (!piece)
@@ -102,6 +118,8 @@ void winnow_spill_pump(struct winnow_core *core, bool wanted)
     while (tiers->spill_first &&
            (wanted || tiers->spill_first->n_written || winnow_arena_pressed(tiers->arena))) {
         struct winnow_segment_layer *state = tiers->spill_first;
+        winnow_assert(state->waits_to_spill);
+        winnow_assert(!state->on_disk);
         if (state->n_written == 0 && core->n_spills >= N_SPILLS_MAX)
             return;
         int rc = stored_prepare(core, state->segment);
@@ -133,8 +151,12 @@ void winnow_spill_done(struct winnow_core *core, const struct winnow_store_done 
     size_t n_bytes;
     uint64_t piece_idx = done->tag & ~SPILL_TAG;
     uint8_t *base = winnow_arena_base(core->tiers.arena, &n_bytes);
+    winnow_assert(piece_idx < winnow_arena_staging_pieces(core->tiers.arena));
     struct winnow_segment_layer *state = core->spill_of_piece[piece_idx];
     struct winnow_segment *segment = state->segment;
+    winnow_assert(state->n_writes > 0);
+    winnow_assert(core->n_spills > 0);
+    winnow_assert(segment->n_refs > 0);
     winnow_assert(!done->held); /* a write has no deadline */
     core->stats.written_bytes += done->disk_bytes;
     winnow_arena_staging_give(core->tiers.arena, base + piece_idx * WINNOW_STAGING_BYTES);

@@ -26,6 +26,7 @@ static uint32_t segment_cut(const struct winnow_context *context, uint64_t n_tok
 
 static uint32_t survivors(const struct winnow_context *context, uint64_t n_tokens)
 {
+    winnow_assert(n_tokens > context->n_sinks);
     return (uint32_t)((n_tokens - context->n_sinks) % context->segment_tokens);
 }
 
@@ -36,6 +37,7 @@ static uint32_t survivor_blocks(const struct winnow_context *context, uint64_t n
 
 static bool layer_is_cut(const struct winnow_session *session, uint32_t layer)
 {
+    winnow_assert(session->op.cut != UINT32_MAX);
     return session->context->layer[layer].n_segments > session->op.cut;
 }
 
@@ -49,6 +51,7 @@ static bool slots_take(struct winnow_core *core, struct winnow_session *session)
         n_layers += layer_is_cut(session, layer);
     uint32_t n = n_layers * context->shape.n_kv_heads *
                  survivor_blocks(context, op->request->truncate.n_tokens);
+    winnow_assert(n > 0);
     if (winnow_op_slots_take(core, session, n))
         return true;
     winnow_op_wait_room(
@@ -71,6 +74,9 @@ static void restore_run(struct winnow_work *work, uint32_t worker_idx)
     const uint16_t *order = winnow_segment_order(item->segment, item->layer, item->head);
     const uint32_t *slot =
         op->slot + ((size_t)op->n_cut * shape->n_kv_heads + item->head) * n_blocks;
+    winnow_assert(item->head < shape->n_kv_heads);
+    winnow_assert(item->first + item->n <= item->segment->n_blocks);
+    winnow_assert((op->n_cut * shape->n_kv_heads + item->head + 1) * n_blocks <= op->n_slots);
     float *k = (float *)(void *)item->scratch[worker_idx],
           *v = k + WINNOW_BLOCK_TOKENS * shape->k_width;
     for (uint32_t i = 0; i < item->n; i++) {
@@ -114,6 +120,8 @@ static void commit(struct winnow_core *core, struct winnow_session *session)
     struct winnow_context *context = session->context;
     uint64_t n_tokens = op->request->truncate.n_tokens;
     const uint32_t *slot = op->slot;
+    winnow_assert(session->n_builds == 0);
+    winnow_assert(op->n_items == 0);
     for (uint32_t layer = 0; layer < context->shape.n_layers; layer++)
         winnow_seal_forget(session, layer);
     if (op->cut != UINT32_MAX) {
@@ -125,6 +133,7 @@ static void commit(struct winnow_core *core, struct winnow_session *session)
                 winnow_context_unseal(context, layer, n_tokens, slot);
                 slot += n;
             }
+        winnow_assert(slot == op->slot + op->n_slots);
     }
     winnow_context_cut(context, n_tokens);
     op->n_slots = 0; /* the context's */
@@ -185,6 +194,7 @@ static bool advance_once(struct winnow_core *core, struct winnow_session *sessio
         return true;
     }
     case WINNOW_OP_CONVERT:
+        winnow_assert(chunk->state == WINNOW_CHUNK_RUNNING);
         winnow_chunk_release(core, session, chunk);
         op->state = WINNOW_OP_READ;
         return true;
@@ -199,6 +209,7 @@ static bool advance_once(struct winnow_core *core, struct winnow_session *sessio
 
 void winnow_truncate_advance(struct winnow_core *core, struct winnow_session *session)
 {
+    winnow_assert(session->op.pass);
     while (session->op.n_items == 0)
         if (!advance_once(core, session))
             break;

@@ -10,6 +10,7 @@
 //
 // A tile of 64 positions keeps one running partial a query, continued over sealed blocks in list
 // order, then residents by position: chunk sizes and residency cannot change a bit.
+#include <assert.h>
 #include <base/assert.h>
 #include <core/session.h>
 #include <errno.h>
@@ -17,6 +18,8 @@
 #include <string.h>
 
 enum { CONVERT_TOKENS = 128, SEALED_AT_ONCE = 64 };
+static_assert(CONVERT_TOKENS % WINNOW_BLOCK_TOKENS == 0, "a block belongs to one item");
+static_assert(SEALED_AT_ONCE % WINNOW_GROUP_BLOCKS == 0, "the same eight meet in every run");
 
 static uint32_t window_tokens(const struct winnow_request *request)
 {
@@ -124,6 +127,7 @@ static int rows_convert(const struct winnow_item *item, const void *all, uint32_
                         uint32_t width, uint32_t head, uint32_t first, uint32_t n, float *row)
 {
     const struct winnow_model_shape *shape = &item->session->context->shape;
+    winnow_assert(head < n_heads);
     size_t row_bytes = (size_t)n_heads * width * winnow_dtype_bytes(shape->io_dtype);
     const uint8_t *from = (const uint8_t *)all + first * row_bytes +
                           (size_t)head * width * winnow_dtype_bytes(shape->io_dtype);
@@ -150,6 +154,7 @@ static void convert_run(struct winnow_work *work, uint32_t worker_idx)
           *v = k + WINNOW_BLOCK_TOKENS * shape->k_width;
     for (uint32_t at = item->first; at < item->first + item->n && item->result == 0;) {
         uint64_t position = window_first(request) + at;
+        winnow_assert(position >= context->layer[item->layer].held);
         uint32_t in_block = (uint32_t)(position % WINNOW_BLOCK_TOKENS);
         uint32_t n = WINNOW_BLOCK_TOKENS - in_block;
         if (n > item->first + item->n - at)
@@ -160,6 +165,7 @@ static void convert_run(struct winnow_work *work, uint32_t worker_idx)
             item->result =
                 rows_convert(item, all_v, shape->n_kv_heads, shape->v_width, item->head, at, n, v);
         uint32_t block_idx = winnow_context_block_of(context, item->layer, position);
+        winnow_assert(block_idx < context->layer[item->layer].n_blocks);
         if (item->result == 0)
             item->kernels->block_pack(
                 shape, in_block, n, k, v,
@@ -185,10 +191,12 @@ static bool convert_submit(struct winnow_core *core, struct winnow_session *sess
         item->first = (uint32_t)(op->at % n_tokens);
         uint32_t n = item->first ? CONVERT_TOKENS : CONVERT_TOKENS - in_block;
         item->n = n < n_tokens - item->first ? n : n_tokens - item->first;
+        winnow_assert(item->n > 0);
         op->at += item->n;
         op->n_items++;
         winnow_item_submit(core, item, WINNOW_LANE_EXACT, convert_run, winnow_item_done);
     }
+    winnow_assert(op->at == (uint64_t)n_tokens * session->context->shape.n_kv_heads);
     return true;
 }
 
@@ -197,6 +205,8 @@ static bool convert_submit(struct winnow_core *core, struct winnow_session *sess
 static float *tile_partial(const struct winnow_session *session, uint32_t head, uint32_t pos)
 {
     size_t partial_floats = winnow_partial_floats(&session->context->shape);
+    winnow_assert(head < session->context->shape.n_kv_heads);
+    winnow_assert(pos < WINNOW_WINDOW_POSITIONS);
     return session->op.pass->partial +
            ((size_t)head * WINNOW_WINDOW_POSITIONS + pos) * partial_floats;
 }
@@ -208,6 +218,8 @@ static float *tile_queries(const struct winnow_item *item, uint32_t worker_idx, 
     const struct winnow_op *op = &item->session->op;
     uint32_t G = winnow_group_heads(shape);
     float *q = (float *)(void *)item->scratch[worker_idx];
+    winnow_assert(item->n <= WINNOW_TILE_POSITIONS);
+    winnow_assert(op->at >= window_first(op->request));
     uint32_t first = (uint32_t)(op->at - window_first(op->request)) + item->first;
     rows_convert(item, op->request->exact.q, shape->n_kv_heads, G * shape->k_width, item->head,
                  first, item->n, q);
@@ -266,6 +278,7 @@ static void resident_run(struct winnow_work *work, uint32_t worker_idx)
     const struct winnow_context_layer *layer = &context->layer[item->layer];
     const struct winnow_op *op = &item->session->op;
     uint64_t last = op->at + item->first + item->n - 1;
+    winnow_assert(last < layer->held);
     void *scratch;
     float *q = tile_queries(item, worker_idx, &scratch);
     for (uint32_t i = 0; i < layer->n_blocks;) {
@@ -298,6 +311,9 @@ static bool tiles_submit(struct winnow_core *core, struct winnow_session *sessio
 {
     struct winnow_op *op = &session->op;
     uint32_t n_heads = session->context->shape.n_kv_heads;
+    winnow_assert(op->n_items == 0);
+    winnow_assert(op->n_pass > 0);
+    winnow_assert(op->n_pass <= WINNOW_WINDOW_POSITIONS);
     uint32_t n_tiles = (op->n_pass + WINNOW_TILE_POSITIONS - 1) / WINNOW_TILE_POSITIONS;
     if (winnow_pool_size(core->items) - winnow_pool_used(core->items) < n_heads * n_tiles)
         return false;
@@ -306,6 +322,7 @@ static bool tiles_submit(struct winnow_core *core, struct winnow_session *sessio
         if (chunk && chunk->n_of_head[head] == 0)
             continue;
         struct winnow_item *item = winnow_item_take(core, session);
+        winnow_assert(item);
         item->head = head;
         item->first = first;
         item->n =
@@ -321,6 +338,8 @@ static void pass_begin(struct winnow_session *session)
     struct winnow_op *op = &session->op;
     const struct winnow_model_shape *shape = &session->context->shape;
     uint64_t left = window_first(op->request) + window_tokens(op->request) - op->at;
+    winnow_assert(left > 0);
+    winnow_assert(left <= window_tokens(op->request));
     uint32_t stride = shape->v_width + 2, G = winnow_group_heads(shape);
     op->n_pass = left < WINNOW_WINDOW_POSITIONS ? (uint32_t)left : WINNOW_WINDOW_POSITIONS;
     op->cursor = (struct winnow_cursor){0};
@@ -340,6 +359,8 @@ static bool sealed_advance(struct winnow_core *core, struct winnow_session *sess
     struct winnow_op *op = &session->op;
     struct winnow_chunk *chunk = &op->pass->chunk[op->chunk_first % 2];
     uint32_t n_segments = session->context->layer[op->layer].n_segments;
+    winnow_assert(op->chunk_first <= op->chunk_next);
+    winnow_assert(op->chunk_next - op->chunk_first <= 2);
     if (chunk->state == WINNOW_CHUNK_RUNNING) {
         winnow_chunk_release(core, session, chunk);
         op->chunk_first++;
@@ -372,6 +393,8 @@ static void reply(struct winnow_core *core, struct winnow_session *session)
         request->exact.certificate = op->certificate;
     request->status = 0;
     request->n_held = session->context->layer[op->layer].held;
+    winnow_assert(request->n_held == window_first(request) + window_tokens(request));
+    winnow_assert(request->n_held <= session->context->n_tokens_max);
     op->request = NULL;
     request->done(request);
 }
@@ -453,6 +476,7 @@ static bool advance_once(struct winnow_core *core, struct winnow_session *sessio
 void winnow_window_advance(struct winnow_core *core, struct winnow_session *session)
 {
     struct winnow_op *op = &session->op;
+    winnow_assert(op->pass);
     while (op->n_items == 0 || op->state == WINNOW_OP_CONVERT)
         if (!advance_once(core, session))
             break;

@@ -8,7 +8,8 @@
  *
  * So a lost device loses nothing: its sessions' steps, the one under way too, are the CPU's from
  * then on (same blocks, block layout 2, same index). The CPU also takes what launches do not: whole
- * reads (mass 1, short contexts), other policies than `codes`, budgets.
+ * reads (mass 1, short contexts), other policies than `codes`, budgets. Heavy heads are the CPU's
+ * notion: a launch selects theirs like any other's.
  *
  * A step is launched as soon as the loop sees it; what waits together goes together. Selected blocks
  * that lie on disk are reported, read into the cache and pinned, and the step is launched again: its

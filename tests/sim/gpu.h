@@ -8,6 +8,7 @@
  */
 #pragma once
 
+#include <base/rng.h>
 #include <errno.h>
 #include <kernels/gpu.h>
 #include <math.h>

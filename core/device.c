@@ -11,6 +11,7 @@
 enum {
     CACHE_OF_KV = 10,  /* one block in so many of those indexed has a slot */
     TAIL_AT_ONCE = 32, /* blocks of every head that one call puts */
+    MOVED_AT_ONCE = 4096,
 };
 
 // --- slots --------------------------------------------------------------------------------------
@@ -93,12 +94,16 @@ static void gpu_destroy(struct winnow_device *device)
     winnow_alloc_free(device->segment_slots.free);
     winnow_alloc_free(device->views);
     winnow_alloc_free(device->homes);
-    winnow_alloc_free(device->block_idx);
+    winnow_alloc_free(device->segment);
+    winnow_alloc_free(device->moved);
     winnow_alloc_free(device->tail);
     device->session_slots = device->segment_slots = (struct winnow_slots){0};
     device->views = NULL;
-    device->homes = device->block_idx = NULL;
+    device->homes = NULL;
+    device->segment = NULL;
+    device->moved = NULL;
     device->tail = NULL;
+    device->n_moved = 0;
 }
 
 static bool gpu_create(struct winnow_core *core, const struct winnow_model_shape *shape,
@@ -115,17 +120,16 @@ static bool gpu_create(struct winnow_core *core, const struct winnow_model_shape
     size_t n_blocks = n_heads * (options->segment_tokens / WINNOW_BLOCK_TOKENS);
     device->views = winnow_alloc_array(n_heads, sizeof *device->views);
     device->homes = winnow_alloc_array(n_blocks, sizeof *device->homes);
-    device->block_idx = winnow_alloc_array(n_blocks, sizeof *device->block_idx);
+    device->segment = winnow_alloc_array(options->n_segments_max, sizeof(struct winnow_segment *));
+    device->moved = winnow_alloc_array(MOVED_AT_ONCE, sizeof *device->moved);
     device->tail = winnow_alloc_array(n_heads * TAIL_AT_ONCE, sizeof *device->tail);
-    if (!device->views || !device->homes || !device->block_idx || !device->tail ||
+    if (!device->views || !device->homes || !device->segment || !device->moved || !device->tail ||
         slots_init(&device->session_slots, options->n_sessions_max) < 0 ||
         slots_init(&device->segment_slots, options->n_segments_max) < 0 ||
         device->api->create(device->device, options, &device->gpu, text) < 0) {
         gpu_destroy(device);
         return false;
     }
-    for (uint32_t i = 0; i < n_blocks; i++)
-        device->block_idx[i] = i;
     return true;
 }
 
@@ -229,6 +233,7 @@ void winnow_device_segment_end(struct winnow_device *device, struct winnow_segme
     winnow_assert(device->segment_slots.n_free < device->shape_options.n_segments_max);
     if (!device->lost && device->api->segment_drop(device->gpu, segment->device_slot - 1) < 0)
         device->lost = true;
+    device->segment[segment->device_slot - 1] = NULL;
     slots_give(&device->segment_slots, segment->device_slot);
     segment->device_slot = 0;
 }
@@ -242,16 +247,48 @@ void winnow_device_shape_end(struct winnow_device *device)
 
 // --- what the device has is brought up to date --------------------------------------------------
 
-static uint32_t home_of(const struct winnow_core *core, uint32_t place)
+static uint32_t home_of(const struct winnow_arena *arena, uint32_t place)
 {
     size_t arena_bytes;
-    const uint8_t *base = winnow_arena_base(core->tiers.arena, &arena_bytes);
+    const uint8_t *base = winnow_arena_base(arena, &arena_bytes);
     if (!place)
         return WINNOW_GPU_ON_DISK;
-    const uint8_t *data = winnow_arena_data(core->tiers.arena, place - 1);
+    const uint8_t *data = winnow_arena_data(arena, place - 1);
     winnow_assert(data >= base);
     winnow_assert((size_t)(data - base) % WINNOW_PAGE_BYTES == 0);
     return (uint32_t)((size_t)(data - base) / WINNOW_PAGE_BYTES);
+}
+
+/* Homes as they are when the device hears of them; a segment that went meanwhile has none. */
+static int moved_send(struct winnow_device *device)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < device->n_moved; i++) {
+        struct winnow_gpu_home home = device->moved[i];
+        const struct winnow_segment *segment = device->segment[home.segment_slot];
+        uint32_t n_of_layer = segment ? segment->shape.n_kv_heads * segment->n_blocks : 1;
+        if (!segment || !segment->layer[home.block / n_of_layer].on_device)
+            continue;
+        const uint32_t *place = winnow_segment_place(segment, home.block / n_of_layer);
+        home.home = home_of(segment->tiers->arena, place[home.block % n_of_layer]);
+        device->moved[n++] = home;
+    }
+    device->n_moved = 0;
+    return n > 0 ? device->api->homes_set(device->gpu, n, device->moved) : 0;
+}
+
+void winnow_device_block_moved(struct winnow_device *device, struct winnow_segment *segment,
+                               uint32_t block_idx)
+{
+    uint32_t n_of_layer = segment->shape.n_kv_heads * segment->n_blocks;
+    if (!device || device->lost || !segment->layer[block_idx / n_of_layer].on_device)
+        return;
+    winnow_assert(device->n_moved < MOVED_AT_ONCE);
+    winnow_assert(device->segment[segment->device_slot - 1] == segment);
+    device->moved[device->n_moved++] =
+        (struct winnow_gpu_home){segment->device_slot - 1, block_idx, WINNOW_GPU_ON_DISK};
+    if (device->n_moved == MOVED_AT_ONCE && moved_send(device) < 0)
+        device->lost = true; /* and the next launch finds it so */
 }
 
 static int segment_sync(struct winnow_core *core, struct winnow_segment *segment, uint32_t layer)
@@ -267,36 +304,32 @@ static int segment_sync(struct winnow_core *core, struct winnow_segment *segment
         segment->device_slot = slots_take(&device->segment_slots);
     if (!segment->device_slot)
         return -EDQUOT;
-    if (state->on_device && !state->homes_stale)
+    device->segment[segment->device_slot - 1] = segment;
+    if (state->on_device)
         return 0;
     for (uint32_t i = 0; i < n; i++)
-        device->homes[i] = home_of(core, place[i]);
-    int rc;
-    if (state->on_device) {
-        rc = device->api->homes_set(device->gpu, segment->device_slot - 1, layer, n,
-                                    device->block_idx, device->homes);
-    } else {
-        for (uint32_t head = 0; head < n_heads; head++)
-            winnow_segment_view(segment, layer, head, &device->views[head]);
-        rc = device->api->segment_put(device->gpu, segment->device_slot - 1, layer, device->views,
+        device->homes[i] = home_of(core->tiers.arena, place[i]);
+    for (uint32_t head = 0; head < n_heads; head++)
+        winnow_segment_view(segment, layer, head, &device->views[head]);
+    int rc = device->api->segment_put(device->gpu, segment->device_slot - 1, layer, device->views,
                                       device->homes);
-    }
     state->on_device = rc == 0;
-    state->homes_stale = false;
     return rc;
 }
 
+/* The layer's segments, from the first that the device has not seen on. */
 static int segments_sync(struct winnow_core *core, struct winnow_session *session)
 {
     struct winnow_device *device = core->tiers.device;
     struct winnow_context *context = session->context;
+    struct winnow_session_layer *state = &session->layer[session->op.layer];
     uint32_t n = context->layer[session->op.layer].n_segments,
              n_listed = session->n_device_segments;
     winnow_assert(session->device_slot > 0);
     winnow_assert(n <= context->n_segments_max);
     winnow_assert(n_listed <= context->n_segments_max);
     bool same = n <= n_listed;
-    for (uint32_t k = 0; k < n; k++) {
+    for (uint32_t k = state->n_on_device; k < n; k++) {
         int rc = segment_sync(core, context->segment[k], session->op.layer);
         if (rc < 0)
             return rc;
@@ -304,11 +337,14 @@ static int segments_sync(struct winnow_core *core, struct winnow_session *sessio
         same &= k < n_listed && session->device_segments[k] == slot;
         session->device_segments[k] = slot;
     }
-    if (same)
-        return 0;
-    session->n_device_segments = n;
-    return device->api->session_set(device->gpu, session->device_slot - 1, n,
-                                    session->device_segments);
+    int rc = same ? 0
+                  : device->api->session_set(device->gpu, session->device_slot - 1, n,
+                                             session->device_segments);
+    if (rc == 0)
+        state->n_on_device = n;
+    if (rc == 0 && !same)
+        session->n_device_segments = n;
+    return rc;
 }
 
 /* Resident blocks with tokens from on_device up to n_tokens. */
@@ -354,6 +390,8 @@ int winnow_device_sync(struct winnow_core *core, struct winnow_session *session,
     winnow_assert(op->run->taken);
     winnow_assert(request->kind == WINNOW_REQUEST_ATTEND);
     int rc = segments_sync(core, session);
+    if (rc == 0)
+        rc = moved_send(core->tiers.device);
     if (rc == 0)
         rc = tail_sync(core, session, layer->held - appends);
     *item = (struct winnow_gpu_item){

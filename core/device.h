@@ -3,7 +3,7 @@
  * index and blocks; the device gets copies, lazily, before the launch that needs them:
  *
  *   index of a segment's layer   when a step of that layer first sees it in force
- *   homes of its blocks          when the cache admitted or evicted some since the last launch
+ *   homes of its blocks          those that the cache admitted or evicted since the last launch
  *   tail blocks                  those that tokens joined without the device (windows, truncate, fork)
  *
  * So a lost device loses nothing: its sessions' steps, the one under way too, are the CPU's from
@@ -59,8 +59,10 @@ struct winnow_device {
     struct winnow_gpu_item item[WINNOW_GPU_ITEMS_MAX];
     struct winnow_index_view *views; /* [n_kv_heads] */
     uint32_t *homes;                 /* [n_kv_heads][S / 16] */
-    uint32_t *block_idx;             /* the same: 0, 1, 2 .. */
-    const void **tail;               /* [blocks put at once][n_kv_heads] */
+    struct winnow_segment **segment; /* [n_segments_max] that has the slot */
+    struct winnow_gpu_home *moved; /* [n of one call] blocks whose home the device has not heard */
+    uint32_t n_moved;
+    const void **tail; /* [blocks put at once][n_kv_heads] */
 };
 
 /* --- device.c --- */
@@ -77,6 +79,9 @@ void winnow_device_join(struct winnow_core *core, struct winnow_session *session
 void winnow_device_leave(struct winnow_core *core, struct winnow_session *session);
 /* The segment's last holder goes. device: NULL is fine where the segment has no slot. */
 void winnow_device_segment_end(struct winnow_device *device, struct winnow_segment *segment);
+/* A block got a place in the arena or lost it. device: NULL is fine. */
+void winnow_device_block_moved(struct winnow_device *device, struct winnow_segment *segment,
+                               uint32_t block_idx);
 
 /* Everything that the step's launch reads is brought there; the item says what is left to append.
  * 0; -EDQUOT: the device has no room; -EIO. */

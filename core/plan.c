@@ -342,7 +342,7 @@ static void load_admit(struct winnow_core *core, struct winnow_load *load)
     *place = load->slot;
     segment->layer[layer].n_places++;
     winnow_assert(segment->layer[layer].n_places <= blocks_per_layer);
-    segment->layer[layer].homes_stale = true;
+    winnow_device_block_moved(core->tiers.device, segment, load->block_idx);
 }
 
 static void bytes_count(struct winnow_core *core, struct winnow_session *session,

@@ -218,5 +218,5 @@ void winnow_segment_evicted(void *segment, uint32_t block_idx)
     winnow_assert(place[block_idx % blocks_per_layer] != 0);
     place[block_idx % blocks_per_layer] = 0;
     s->layer[block_idx / blocks_per_layer].n_places--;
-    s->layer[block_idx / blocks_per_layer].homes_stale = true;
+    winnow_device_block_moved(s->tiers->device, s, block_idx);
 }

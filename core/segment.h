@@ -44,8 +44,7 @@ struct winnow_segment_layer {
     uint32_t n_written;  /* blocks that a spill has sent, in disk order */
     uint32_t n_writes;   /* under way; while there are any, they hold a reference to the segment */
     bool write_failed;
-    bool on_device;   /* its index is; device.h */
-    bool homes_stale; /* places changed since */
+    bool on_device; /* its index is; device.h */
 };
 
 struct winnow_segment {

@@ -232,7 +232,8 @@ struct winnow_session_layer {
     uint32_t n_builds;  /* items running: it is built or permuted */
     uint64_t sealed_to; /* spans that end by here are in force for the layer's next call */
     uint64_t last_seq;
-    uint64_t on_device; /* resident tokens before this one are the device's too */
+    uint64_t on_device;   /* resident tokens before this one are the device's too */
+    uint32_t n_on_device; /* so are segments before this one, and the session's list has them */
 };
 
 struct winnow_heavy { /* of a layer and KV head: selection.md's rule for heads read whole */

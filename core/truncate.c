@@ -142,6 +142,7 @@ static void commit(struct winnow_core *core, struct winnow_session *session)
     for (uint32_t layer = 0; layer < context->shape.n_layers; layer++) {
         session->layer[layer].last_seq = 0;
         session->layer[layer].on_device = 0;
+        session->layer[layer].n_on_device = 0;
         if (session->layer[layer].sealed_to > n_tokens)
             session->layer[layer].sealed_to = n_tokens;
     }

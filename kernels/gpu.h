@@ -93,6 +93,10 @@ struct winnow_gpu_item {
 
 static_assert(sizeof(struct winnow_gpu_certificate) == 32, "device and host agree on it");
 
+struct winnow_gpu_home { /* of a block: (layer x n_kv_heads + head) x S/16 + its number */
+    uint32_t segment_slot, block, home;
+};
+
 struct winnow_gpu_counters { /* since create, of one layer */
     uint64_t n_hits, n_misses, n_evictions, n_unfit;
 };
@@ -124,9 +128,8 @@ struct winnow_gpu_api {
      * a home beyond the arena: nothing done), -EIO. So are the errors of the next four. */
     int (*segment_put)(struct winnow_gpu *, uint32_t segment_slot, uint32_t layer,
                        const struct winnow_index_view *views, const uint32_t *homes);
-    /* New home of n blocks of one layer, for later launches. */
-    int (*homes_set)(struct winnow_gpu *, uint32_t segment_slot, uint32_t layer, uint32_t n,
-                     const uint32_t *block_idx /* head x S/16 + block */, const uint32_t *home);
+    /* New homes of n blocks of any segments, for later launches. Named twice: the same home. */
+    int (*homes_set)(struct winnow_gpu *, uint32_t n, const struct winnow_gpu_home *homes);
     /* The cache forgets a segment whose slot is to be used anew. */
     int (*segment_drop)(struct winnow_gpu *, uint32_t segment_slot);
     /* Segment slots of a session's context, in order. */

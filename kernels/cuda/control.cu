@@ -20,17 +20,17 @@ __global__ void slots_drop(const __grid_constant__ winnow_gpu_view view, uint32_
         *word = 0;
 }
 
-__global__ void homes_write(const __grid_constant__ winnow_gpu_view view, uint32_t segment_slot,
-                            uint32_t layer, uint32_t n, const struct winnow_gpu_home *pairs)
+__global__ void homes_write(const __grid_constant__ winnow_gpu_view view, uint32_t n,
+                            const struct winnow_gpu_home *homes)
 {
     uint32_t i = blockIdx.x * N_THREADS + threadIdx.x;
 
     if (i >= n)
         return;
-    struct winnow_gpu_home pair = pairs[i];
-    uint64_t unit = (uint64_t)layer * view.n_kv_heads + pair.block / view.span_blocks;
-    uint8_t *at = view.index + segment_slot * view.segment_bytes + unit * view.unit_bytes;
-    ((uint32_t *)(at + view.home_at))[pair.block % view.span_blocks] = pair.home;
+    struct winnow_gpu_home of = homes[i];
+    uint8_t *at = view.index + of.segment_slot * view.segment_bytes +
+                  (uint64_t)(of.block / view.span_blocks) * view.unit_bytes;
+    ((uint32_t *)(at + view.home_at))[of.block % view.span_blocks] = of.home;
 }
 
 __global__ void done_write(const __grid_constant__ winnow_gpu_view view, volatile uint32_t *done)
@@ -50,13 +50,11 @@ cudaError_t winnow_gpu_slots_drop(const struct winnow_gpu_view *view, uint32_t s
     return cudaGetLastError();
 }
 
-cudaError_t winnow_gpu_homes_write(const struct winnow_gpu_view *view, uint32_t segment_slot,
-                                   uint32_t layer, uint32_t n, const struct winnow_gpu_home *pairs,
-                                   cudaStream_t stream)
+cudaError_t winnow_gpu_homes_write(const struct winnow_gpu_view *view, uint32_t n,
+                                   const struct winnow_gpu_home *homes, cudaStream_t stream)
 {
     if (n > 0)
-        homes_write<<<(n + N_THREADS - 1) / N_THREADS, N_THREADS, 0, stream>>>(*view, segment_slot,
-                                                                               layer, n, pairs);
+        homes_write<<<(n + N_THREADS - 1) / N_THREADS, N_THREADS, 0, stream>>>(*view, n, homes);
     return cudaGetLastError();
 }
 

@@ -9,17 +9,12 @@
 extern "C" {
 #endif
 
-struct winnow_gpu_home { /* a block of a unit's KV heads: head x span_blocks + block */
-    uint32_t block, home;
-};
-
 /* Slots of layers [layer, layer + n_layers) that hold blocks of a segment are free. */
 cudaError_t winnow_gpu_slots_drop(const struct winnow_gpu_view *, uint32_t segment_slot,
                                   uint32_t layer, uint32_t n_layers, cudaStream_t);
-/* pairs [n]: memory that the device sees. */
-cudaError_t winnow_gpu_homes_write(const struct winnow_gpu_view *, uint32_t segment_slot,
-                                   uint32_t layer, uint32_t n, const struct winnow_gpu_home *pairs,
-                                   cudaStream_t);
+/* homes [n]: memory that the device sees. */
+cudaError_t winnow_gpu_homes_write(const struct winnow_gpu_view *, uint32_t n,
+                                   const struct winnow_gpu_home *homes, cudaStream_t);
 /* Stores the launch's stamp to *done (pinned) once all before it in the stream is complete. */
 cudaError_t winnow_gpu_done_write(const struct winnow_gpu_view *, volatile uint32_t *done,
                                   cudaStream_t);

@@ -74,32 +74,29 @@ int winnow_gpu_segment_put(struct winnow_gpu *gpu, uint32_t segment_slot, uint32
     return staging_give(gpu, error);
 }
 
-int winnow_gpu_homes_set(struct winnow_gpu *gpu, uint32_t segment_slot, uint32_t layer, uint32_t n,
-                         const uint32_t *block_idx, const uint32_t *home)
+int winnow_gpu_homes_set(struct winnow_gpu *gpu, uint32_t n, const struct winnow_gpu_home *homes)
 {
     const struct winnow_gpu_view *view = &gpu->layout.view;
-    uint32_t n_max = (uint32_t)(gpu->staging_bytes / sizeof(struct winnow_gpu_home));
+    uint32_t n_max = (uint32_t)(gpu->staging_bytes / sizeof *homes);
+    uint32_t n_blocks = view->n_layers * view->n_kv_heads * view->span_blocks;
     int rc = winnow_gpu_device_enter(gpu->device);
 
     if (rc < 0)
         return rc;
-    if (segment_slot >= gpu->options.n_segments_max || layer >= view->n_layers ||
-        !homes_are_valid(gpu, n, home))
-        return -EINVAL;
     for (uint32_t i = 0; i < n; i++)
-        if (block_idx[i] >= view->n_kv_heads * view->span_blocks)
+        if (homes[i].segment_slot >= gpu->options.n_segments_max || homes[i].block >= n_blocks ||
+            !home_is_valid(gpu, homes[i].home))
             return -EINVAL;
     for (uint32_t first = 0; first < n; first += n_max) {
-        uint32_t n_pairs = n - first < n_max ? n - first : n_max;
+        uint32_t n_now = n - first < n_max ? n - first : n_max;
         uint8_t *staging;
         rc = staging_take(gpu, &staging);
         if (rc < 0)
             return rc;
-        struct winnow_gpu_home *pairs = (struct winnow_gpu_home *)staging;
-        for (uint32_t i = 0; i < n_pairs; i++)
-            pairs[i] = (struct winnow_gpu_home){block_idx[first + i], home[first + i]};
-        rc = staging_give(
-            gpu, winnow_gpu_homes_write(view, segment_slot, layer, n_pairs, pairs, gpu->stream));
+        memcpy(staging, homes + first, n_now * sizeof *homes);
+        rc = staging_give(gpu, winnow_gpu_homes_write(view, n_now,
+                                                      (const struct winnow_gpu_home *)staging,
+                                                      gpu->stream));
         if (rc < 0)
             return rc;
     }

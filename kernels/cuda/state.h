@@ -47,8 +47,7 @@ void winnow_gpu_destroy(struct winnow_gpu *gpu);
 
 int winnow_gpu_segment_put(struct winnow_gpu *gpu, uint32_t segment_slot, uint32_t layer,
                            const struct winnow_index_view *views, const uint32_t *homes);
-int winnow_gpu_homes_set(struct winnow_gpu *gpu, uint32_t segment_slot, uint32_t layer, uint32_t n,
-                         const uint32_t *block_idx, const uint32_t *home);
+int winnow_gpu_homes_set(struct winnow_gpu *gpu, uint32_t n, const struct winnow_gpu_home *homes);
 int winnow_gpu_segment_drop(struct winnow_gpu *gpu, uint32_t segment_slot);
 int winnow_gpu_session_set(struct winnow_gpu *gpu, uint32_t session, uint32_t n_segments,
                            const uint32_t *segment_slots);

@@ -574,8 +574,10 @@ static void test_gpu_decode__disk_blocks_are_named(void)
             uint32_t head = item.disk_block[j] / n_blocks, b_idx = item.disk_block[j] % n_blocks;
             uint32_t segment = b_idx / scene.span, at = head * scene.span + b_idx % scene.span;
             CHECK(head < 2 && at % 3 == 0);
-            uint32_t home = scene_head(&scene, 0, 1, head)->segment[segment].home[at % scene.span];
-            CHECK_EQ(api->homes_set(b, scene_slot(&scene, 0, segment), 1, 1, &at, &home), 0);
+            struct winnow_gpu_home home = {
+                scene_slot(&scene, 0, segment), 2 * scene.span + at, /* of layer 1 */
+                scene_head(&scene, 0, 1, head)->segment[segment].home[at % scene.span]};
+            CHECK_EQ(api->homes_set(b, 1, &home), 0);
         }
         if (n == 0)
             scene_same(&scene, &all, &item);
@@ -685,9 +687,9 @@ static void test_gpu_decode__refuses_arguments(void)
     CHECK_EQ(api->segment_put(gpu, 0, 2, views, home), -EINVAL);
     home[3] = beyond;
     CHECK_EQ(api->segment_put(gpu, 0, 0, views, home), -EINVAL);
-    CHECK_EQ(api->homes_set(gpu, 0, 0, 1, &zero, &beyond), -EINVAL);
-    CHECK_EQ(api->homes_set(gpu, 0, 0, 1, &out_of_range, &on_disk), -EINVAL);
-    CHECK_EQ(api->homes_set(gpu, out_of_range, 0, 1, &zero, &on_disk), -EINVAL);
+    CHECK_EQ(api->homes_set(gpu, 1, &(struct winnow_gpu_home){0, 0, beyond}), -EINVAL);
+    CHECK_EQ(api->homes_set(gpu, 1, &(struct winnow_gpu_home){0, out_of_range, on_disk}), -EINVAL);
+    CHECK_EQ(api->homes_set(gpu, 1, &(struct winnow_gpu_home){out_of_range, 0, on_disk}), -EINVAL);
     CHECK_EQ(api->segment_drop(gpu, out_of_range), -EINVAL);
     CHECK_EQ(api->session_set(gpu, 2, 1, &zero), -EINVAL);
     CHECK_EQ(api->session_set(gpu, 0, 1, &out_of_range), -EINVAL);

@@ -46,7 +46,7 @@ static void test_gpu_lost__all_calls_say_so(void)
     CHECK_EQ(api->decode(gpu, 1, &item.item), -EIO);
     CHECK_EQ(api->poll(gpu, 1, false), -EIO);
     CHECK_EQ(api->segment_put(gpu, 0, 0, views, home), -EIO);
-    CHECK_EQ(api->homes_set(gpu, 0, 0, 1, &zero, &zero), -EIO);
+    CHECK_EQ(api->homes_set(gpu, 1, &(struct winnow_gpu_home){0}), -EIO);
     CHECK_EQ(api->segment_drop(gpu, 0), -EIO);
     CHECK_EQ(api->session_set(gpu, 0, 1, &zero), -EIO);
     CHECK_EQ(api->tail_put(gpu, 0, 0, 0, NULL, NULL), -EIO);

@@ -212,16 +212,19 @@ static int sim_gpu_segment_put(struct winnow_gpu *gpu, uint32_t segment_slot, ui
     return 0;
 }
 
-static int sim_gpu_homes_set(struct winnow_gpu *gpu, uint32_t segment_slot, uint32_t layer,
-                             uint32_t n, const uint32_t *block_idx, const uint32_t *home)
+static int sim_gpu_homes_set(struct winnow_gpu *gpu, uint32_t n,
+                             const struct winnow_gpu_home *homes)
 {
+    const struct winnow_model_shape *shape = &gpu->options.shape;
+    uint32_t n_of_layer = shape->n_kv_heads * (gpu->options.segment_tokens / WINNOW_BLOCK_TOKENS);
     if (sim_gpu_fails())
         return -EIO;
-    struct sim_gpu_index *index =
-        &gpu->index[(size_t)segment_slot * gpu->options.shape.n_layers + layer];
-    CHECK(index->view);
-    for (uint32_t i = 0; i < n; i++)
-        index->home[block_idx[i]] = home[i];
+    for (uint32_t i = 0; i < n; i++) {
+        struct sim_gpu_index *index = &gpu->index[(size_t)homes[i].segment_slot * shape->n_layers +
+                                                  homes[i].block / n_of_layer];
+        CHECK(index->view);
+        index->home[homes[i].block % n_of_layer] = homes[i].home;
+    }
     return 0;
 }
 

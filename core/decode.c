@@ -293,6 +293,8 @@ static void score_begin(struct winnow_core *core, struct winnow_session *session
     }
     if (query_convert(core, session) < 0)
         return;
+    for (uint32_t head = 0; head < session->context->shape.n_kv_heads; head++)
+        memset(op->run->selection[head].selected, 0, op->run->n_blocks);
     exact_choose(core, session);
     if (heads_submit(core, session, score_run, SCORE_HERE_BLOCKS))
         op->state = WINNOW_OP_SCORE;

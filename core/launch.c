@@ -10,13 +10,6 @@ enum {
     SPIN_POLLS = 64, /* of 1 to 2 us each: about the time of a small launch */
 };
 
-static void blocks_release(struct winnow_core *core, struct winnow_session *session)
-{
-    struct winnow_op *op = &session->op;
-    for (; op->group_first < op->group_next; op->group_first++)
-        winnow_group_release(core, session, &op->run->group[op->group_first % WINNOW_N_GROUPS]);
-}
-
 /* The step goes on without the device, from its beginning. */
 static void to_cpu(struct winnow_core *core, struct winnow_session *session)
 {
@@ -24,8 +17,8 @@ static void to_cpu(struct winnow_core *core, struct winnow_session *session)
     struct winnow_core_certificate *c = &op->certificate;
     winnow_assert(op->n_items == 0);
     winnow_assert(op->n_loads == 0);
-    blocks_release(core, session);
-    c->n_blocks_host = c->n_blocks_disk = c->n_blocks_missed = 0; /* those it will find */
+    winnow_pins_release(core, session);
+    c->n_blocks_device = c->n_blocks_host = c->n_blocks_disk = c->n_blocks_missed = 0;
     op->state = WINNOW_OP_BUILD;
     op->on_cpu = true;
     op->by_device = false;
@@ -140,18 +133,26 @@ static bool launch_send(struct winnow_core *core)
     return true;
 }
 
-/* The blocks that lie on disk are read as a plan's are. */
-static void disk_begin(struct winnow_session *session, uint32_t n_disk)
+static uint32_t least(uint32_t a, uint32_t b)
 {
-    struct winnow_op *op = &session->op;
-    const struct winnow_run *run = op->run;
-    const uint32_t *block = winnow_device_disk_blocks(run);
-    for (uint32_t head = 0; head < session->context->shape.n_kv_heads; head++)
-        memset(run->selection[head].selected, 0, run->n_blocks);
-    for (uint32_t i = 0; i < n_disk; i++)
-        run->selection[block[i] / run->n_blocks].selected[block[i] % run->n_blocks] = 1;
-    winnow_plan_begin(session, 1, false);
-    op->state = WINNOW_OP_DEVICE_READ;
+    return a < b ? a : b;
+}
+
+/* Each block stands where the step's first launch that selected it found it: what that one fetched
+ * is the device's in the next. */
+static void blocks_count(struct winnow_core_certificate *c,
+                         const struct winnow_gpu_certificate *from)
+{
+    uint32_t n_here = c->n_blocks_device + c->n_blocks_host;
+    uint32_t n_before = n_here + c->n_blocks_disk;
+    uint32_t n = from->n_blocks_device + from->n_blocks_host + from->n_blocks_disk;
+    uint32_t n_new = n > n_before ? n - n_before : 0;
+    uint32_t n_disk = least(n_new, from->n_blocks_disk);
+    uint32_t n_device = from->n_blocks_device > n_here ? from->n_blocks_device - n_here : 0;
+    n_device = least(n_device, n_new - n_disk);
+    c->n_blocks_disk += n_disk;
+    c->n_blocks_device += n_device;
+    c->n_blocks_host += n_new - n_disk - n_device;
 }
 
 static void step_done(struct winnow_core *core, struct winnow_session *session,
@@ -171,20 +172,20 @@ static void step_done(struct winnow_core *core, struct winnow_session *session,
         winnow_op_fail(op, -EIO, "the device refused the step: layer %u", op->layer);
     if (op->failure < 0)
         return;
+    blocks_count(c, from);
     if (from->n_blocks_disk > c->n_blocks_missed) {
-        if (op->n_device_reads++ < N_READS_MAX)
-            disk_begin(session, from->n_blocks_disk);
-        else
+        if (op->n_device_reads++ == N_READS_MAX) {
             to_cpu(core, session);
+            return;
+        }
+        winnow_pins_begin(core, session, from->n_blocks_disk + from->n_blocks_unfit);
+        op->state = WINNOW_OP_DEVICE_READ;
         return;
     }
-    blocks_release(core, session);
+    winnow_pins_release(core, session);
     c->mass_reached = from->mass_reached;
     c->mass_mean = from->mass_mean;
     c->n_rounds = from->n_rounds;
-    c->n_blocks_device = from->n_blocks_device;
-    c->n_blocks_host =
-        from->n_blocks_host > c->n_blocks_disk ? from->n_blocks_host - c->n_blocks_disk : 0;
     op->by_device = true;
     op->state = WINNOW_OP_STRICT;
 }
@@ -194,11 +195,10 @@ bool winnow_device_advance(struct winnow_core *core, struct winnow_session *sess
     struct winnow_op *op = &session->op;
     if (op->state != WINNOW_OP_DEVICE_READ)
         return false;
-    if (!op->fill_done)
-        winnow_plan_fill(core, session);
+    bool all_asked = winnow_pins_fill(core, session);
     if (op->n_loads > 0)
         return false;
-    if (op->fill_done && !core->tiers.device->lost) /* all are in the cache, and pinned */
+    if (all_asked && !core->tiers.device->lost) /* all are in the cache, and pinned */
         wait_for_launch(core, session);
     else if (!winnow_device_busy(core->tiers.device)) /* then nothing is evicted */
         to_cpu(core, session);                        /* too many at once: it reads in waves */

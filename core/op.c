@@ -54,6 +54,7 @@ static void op_release(struct winnow_core *core, struct winnow_session *session)
         winnow_assert(op->group_next - op->group_first <= WINNOW_N_GROUPS);
         for (uint64_t g = op->group_first; g < op->group_next; g++)
             winnow_group_release(core, session, &op->run->group[g % WINNOW_N_GROUPS]);
+        winnow_pins_release(core, session);
         op->run->taken = false;
         op->run = NULL;
         core->n_decoding--;

@@ -325,6 +325,116 @@ void winnow_plan_fill(struct winnow_core *core, struct winnow_session *session)
     batch_send(core, session, &batch, priority);
 }
 
+// --- what no slot of the device holds ----------------------------------------------------------
+
+static uint32_t wanted_place(const struct winnow_session *session, uint32_t wanted,
+                             struct winnow_segment **ret_segment, uint32_t *ret_of_layer)
+{
+    uint32_t n_blocks = session->op.run->n_blocks;
+    *ret_segment = block_segment(session, wanted / n_blocks, wanted % n_blocks, ret_of_layer);
+    return winnow_segment_place(*ret_segment, session->op.layer)[*ret_of_layer];
+}
+
+static void pin_take(struct winnow_core *core, struct winnow_op *op, uint32_t place)
+{
+    winnow_assert(place);
+    winnow_arena_pin(core->tiers.arena, place - 1);
+    winnow_arena_touch(core->tiers.arena, place - 1);
+    op->run->pin[op->n_pins++] = place;
+}
+
+void winnow_pins_begin(struct winnow_core *core, struct winnow_session *session, uint32_t n_listed)
+{
+    struct winnow_op *op = &session->op;
+    uint32_t *wanted = winnow_device_disk_blocks(op->run), of_layer;
+    struct winnow_segment *segment;
+    winnow_assert(op->run->pin);
+    winnow_assert(op->n_loads == 0);
+    winnow_assert(n_listed <= session->context->shape.n_kv_heads * op->run->n_blocks);
+    winnow_pins_release(core, session); /* nothing is evicted before what is at home is pinned */
+    op->n_wanted = op->n_asked = 0;
+    for (uint32_t i = 0; i < n_listed; i++) {
+        uint32_t place = wanted_place(session, wanted[i], &segment, &of_layer);
+        if (place)
+            pin_take(core, op, place);
+        else
+            wanted[op->n_wanted++] = wanted[i];
+    }
+}
+
+/* Adds the wanted block's read to the batch, or pins what another step has read meanwhile. False:
+ * something is short. */
+static bool block_want(struct winnow_core *core, struct winnow_session *session, uint32_t wanted,
+                       struct batch *batch)
+{
+    struct winnow_op *op = &session->op;
+    struct winnow_segment *segment;
+    uint32_t of_layer, slot, place = wanted_place(session, wanted, &segment, &of_layer);
+    uint32_t in_segment = op->layer * segment->shape.n_kv_heads * segment->n_blocks + of_layer;
+    void *data;
+    if (place) {
+        pin_take(core, op, place);
+        return true;
+    }
+    if (!load_place(core, session, false, NULL, &slot, &data))
+        return false;
+    struct winnow_load *load = winnow_load_take(core, session, segment, in_segment);
+    if (!load) {
+        winnow_arena_release(core->tiers.arena, slot - 1);
+        return false;
+    }
+    load->slot = slot;
+    load->data = data;
+    batch->load[batch->n] = load;
+    batch->read[batch->n++] = (struct winnow_store_read){segment->stored, in_segment, data,
+                                                         winnow_pool_handle(core->loads, load)};
+    return true;
+}
+
+bool winnow_pins_fill(struct winnow_core *core, struct winnow_session *session)
+{
+    struct winnow_op *op = &session->op;
+    const uint32_t *wanted = winnow_device_disk_blocks(op->run);
+    struct batch batch = {0};
+    for (; op->n_asked < op->n_wanted; op->n_asked++) {
+        if (batch.n == N_READS_ONCE)
+            batch_send(core, session, &batch, WINNOW_IO_DECODE);
+        if (!block_want(core, session, wanted[op->n_asked], &batch))
+            break;
+    }
+    batch_send(core, session, &batch, WINNOW_IO_DECODE);
+    return op->n_asked == op->n_wanted;
+}
+
+/* In the cache by this load, or by another's that was faster. */
+static void pin_loaded(struct winnow_core *core, struct winnow_session *session,
+                       const struct winnow_load *load, int result)
+{
+    struct winnow_op *op = &session->op;
+    struct winnow_segment *segment = load->segment;
+    if (result == 0) {
+        uint32_t of_layer = load->block_idx % (segment->shape.n_kv_heads * segment->n_blocks);
+        uint32_t place = winnow_segment_place(segment, op->layer)[of_layer];
+        pin_take(core, op, place);
+        if (!load->cached)
+            winnow_arena_release(core->tiers.arena, load->slot - 1);
+    } else if (winnow_op_may_degrade(session)) { /* the device compensates it */
+        op->certificate.n_blocks_missed++;
+        op->certificate.reason = (uint32_t)-result;
+    } else {
+        winnow_op_lost(op, segment, result);
+    }
+}
+
+void winnow_pins_release(struct winnow_core *core, struct winnow_session *session)
+{
+    struct winnow_op *op = &session->op;
+    while (op->n_pins > 0)
+        winnow_arena_unpin(core->tiers.arena, op->run->pin[--op->n_pins] - 1);
+}
+
+// --- reads that have come -----------------------------------------------------------------------
+
 /* A verified block: into the cache, unless another step has put it there meanwhile. */
 static void load_admit(struct winnow_core *core, struct winnow_load *load)
 {
@@ -379,6 +489,8 @@ void winnow_load_done(struct winnow_core *core, const struct winnow_store_done *
         load->cached = cached;
         if (session->op.pass)
             winnow_chunk_loaded(core, session, load, done->result);
+        else if (session->op.state == WINNOW_OP_DEVICE_READ)
+            pin_loaded(core, session, load, done->result);
         else
             winnow_decode_loaded(core, session, load, done->result);
     }

@@ -43,6 +43,7 @@ static size_t run_cut(struct winnow_run *run, uint8_t *base, const struct winnow
         (core->options.kernels->select_scratch_bytes(shape, n_blocks) + 63) & ~(size_t)63;
     run->scratch = cut(&c, n_kv, run->scratch_bytes);
     run->ln_m = cut(&c, (size_t)n_kv * n_blocks * G, sizeof(float));
+    run->pin = cut(&c, core->tiers.device ? (size_t)n_kv * n_blocks : 0, sizeof(uint32_t));
     for (uint32_t head = 0; head < n_kv; head++) {
         float *ln_e = cut(&c, (size_t)n_blocks * G, sizeof(float));
         float *ln_key = cut(&c, n_blocks, sizeof(float));
@@ -86,8 +87,6 @@ int winnow_run_prepare(struct winnow_core *core, struct winnow_run *run,
     winnow_assert(cut_bytes <= run->memory_bytes);
     run->n_blocks = n_blocks;
     memset(run->exact, 0, shape->n_kv_heads);
-    for (uint32_t head = 0; head < shape->n_kv_heads; head++)
-        memset(run->selection[head].selected, 0, n_blocks);
     return 0;
 }
 

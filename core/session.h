@@ -134,6 +134,7 @@ struct winnow_run {
     float *ln_m;                        /* [n_kv_heads][n_blocks][G]: what the selections read */
     uint8_t *scratch;                   /* [n_kv_heads] of scratch_bytes */
     size_t scratch_bytes;
+    uint32_t *pin;     /* [n_kv_heads][n_blocks] slots + 1 that a step of the device holds */
     uint32_t n_blocks; /* a head's list */
     struct winnow_group group[WINNOW_N_GROUPS];
 };
@@ -202,7 +203,8 @@ struct winnow_op {
     struct winnow_cursor cursor;
     uint64_t group_first, group_next; /* merged up to; filled up to */
     bool fill_done, appended, whole;
-    uint32_t n_device_reads;
+    uint32_t n_device_reads, n_wanted, n_asked; /* blocks that the device lacks; seen to */
+    uint32_t n_pins;
     bool by_device, on_cpu; /* the device answered; the device does not take it */
     uint32_t policy;
     float mass;
@@ -378,6 +380,12 @@ void winnow_load_abandon(struct winnow_core *core,
 void *winnow_stage_take(struct winnow_core *core, struct winnow_stage *stage, uint32_t block_bytes);
 void winnow_stage_finish(struct winnow_core *core, struct winnow_stage *stage);
 void winnow_load_done(struct winnow_core *core, const struct winnow_store_done *done);
+/* Blocks that no slot of the device holds (winnow_device_disk_blocks) into the cache, pinned until
+ * they are released: no groups, so their number is bounded by the pool alone. */
+void winnow_pins_begin(struct winnow_core *core, struct winnow_session *session, uint32_t n_listed);
+/* Starts reads while there is room. True: all are asked for. */
+bool winnow_pins_fill(struct winnow_core *core, struct winnow_session *session);
+void winnow_pins_release(struct winnow_core *core, struct winnow_session *session);
 /* A chunk or group of an op got a block, or lost it. */
 void winnow_decode_loaded(struct winnow_core *core, struct winnow_session *session,
                           const struct winnow_load *load, int result);
@@ -422,7 +430,7 @@ static inline bool winnow_op_may_degrade(const struct winnow_session *session)
            (session->op.request->attend.flags & WINNOW_ITEM_ALLOW_DEGRADED);
 }
 
-/* Where a launch lists blocks on disk: a step of the device has no other use for ln_m. */
+/* Where a launch lists blocks that have to be at home: a step of the device has no other use for ln_m. */
 static inline uint32_t *winnow_device_disk_blocks(const struct winnow_run *run)
 {
     return (uint32_t *)(void *)run->ln_m;

@@ -86,8 +86,10 @@ struct winnow_gpu_item {
     void *out;             /* [Hq][v_width] io_dtype; NaN when status is not 0 */
     float *lse;            /* [Hq], or NULL */
     struct winnow_gpu_certificate *certificate;
-    /* Those of n_blocks_disk, head x list + block, as many as fit; NULL: not wanted. Read them into
-     * the arena, set their homes and decode again without k, v: the same selection, all attended. */
+    /* Written when n_blocks_disk is not 0: all selected that no slot holds, n_blocks_disk and
+     * n_blocks_unfit of them, head x list + block, as many as fit; NULL: not wanted. Read those on
+     * disk into the arena, keep the others there, set homes and decode again without k, v: the same
+     * selection, all attended. */
     uint32_t *disk_block, n_disk_block_max;
 };
 

@@ -238,7 +238,7 @@ __device__ inline void item_poison(const winnow_gpu_view &view, const winnow_gpu
         item.lse[i] = NAN;
 }
 
-/* The blocks of an item that were found on disk, by one warp, in order. */
+/* The blocks of an item that no slot holds, by one warp, in order. */
 __device__ inline void item_list_disk(const winnow_gpu_view &view, const winnow_gpu_item &item,
                                       const winnow_gpu_unit *units)
 {
@@ -247,7 +247,7 @@ __device__ inline void item_list_disk(const winnow_gpu_view &view, const winnow_
     for (uint32_t h = 0; h < view.n_kv_heads; h++) {
         const winnow_gpu_unit *unit = units + h;
         uint32_t n_listed = __ldcg(&unit->n_selected) + __ldcg(&unit->n_more);
-        if (!__ldcg(&unit->n_disk))
+        if (!__ldcg(&unit->n_disk) && !__ldcg(&unit->n_unfit))
             continue;
         for (uint32_t first = 0; first < n_listed; first += 32) {
             winnow_gpu_listed listed = {0, 0};
@@ -255,10 +255,10 @@ __device__ inline void item_list_disk(const winnow_gpu_view &view, const winnow_
                 uint2 x = __ldcg((const uint2 *)(view.listed + unit->block_first + first + lane));
                 listed = {x.x, x.y};
             }
-            bool is_on_disk = listed.place == WINNOW_GPU_ON_DISK;
-            uint32_t all = __ballot_sync(~0u, is_on_disk);
+            bool is_slotless = listed.place & WINNOW_GPU_FROM_HOST; /* or on disk: all bits */
+            uint32_t all = __ballot_sync(~0u, is_slotless);
             uint32_t at = n + __popc(all & ((1u << lane) - 1));
-            if (is_on_disk && at < item.n_disk_block_max)
+            if (is_slotless && at < item.n_disk_block_max)
                 item.disk_block[at] = h * unit->n_blocks + listed.block;
             n += __popc(all);
         }

@@ -169,10 +169,10 @@ static void launch_take(struct winnow_gpu *gpu, int64_t ticket)
         memcpy(item->certificate, out + layout->certificate_at, sizeof *item->certificate);
         if (item->lse)
             memcpy(item->lse, out + layout->lse_at, view->n_q_heads * sizeof *item->lse);
-        uint32_t n_disk = item->certificate->n_blocks_disk;
-        if (item->disk_block)
+        uint32_t n_listed = item->certificate->n_blocks_disk + item->certificate->n_blocks_unfit;
+        if (item->disk_block && item->certificate->n_blocks_disk > 0)
             memcpy(item->disk_block, of->disk_block,
-                   (n_disk < of->n_disk_block_max ? n_disk : of->n_disk_block_max) *
+                   (n_listed < of->n_disk_block_max ? n_listed : of->n_disk_block_max) *
                        sizeof *item->disk_block);
     }
     gpu->n_taken = ticket;

@@ -272,7 +272,7 @@ static void test_attend__bits_do_not_depend_on_places(void)
     winnow_alloc_free(again);
 }
 
-/* A block on disk is compensated, counted and named. */
+/* A block on disk is compensated and counted; all that no slot holds are named. */
 static void test_attend__compensates_what_is_on_disk(void)
 {
     static const struct places places = {30, 5, 25};
@@ -290,7 +290,7 @@ static void test_attend__compensates_what_is_on_disk(void)
         for (uint32_t h = 0; h < N_HEADS; h++) {
             const struct unit *unit = &scene.unit[i * N_HEADS + h];
             for (uint32_t l = 0; l < unit->sel.n_selected; l++)
-                if (unit->listed[l].place == WINNOW_GPU_ON_DISK)
+                if (unit->listed[l].place & WINNOW_GPU_FROM_HOST) /* or on disk */
                     CHECK_EQ(disk_block[n++], h * unit->n_blocks + unit->listed[l].block);
         }
         CHECK(n > 0);

@@ -51,10 +51,10 @@ struct winnow_gpu {
 
 static struct sim_gpu {
     const struct winnow_kernels *kernels;
-    struct winnow_rng *rng;    /* how many polls a launch takes; NULL: one */
-    uint64_t fails_after;      /* calls until it is lost; 0: never */
-    uint64_t n_calls, n_steps; /* n_steps: items attended */
-    uint64_t n_disk;           /* blocks reported on disk */
+    struct winnow_rng *rng;                /* how many polls a launch takes; NULL: one */
+    uint64_t fails_after;                  /* calls until it is lost; 0: never */
+    uint64_t n_calls, n_launches, n_steps; /* n_steps: items attended */
+    uint64_t n_disk;                       /* blocks reported on disk */
     bool is_open, failed;
 } sim_gpu;
 
@@ -295,6 +295,7 @@ static int64_t sim_gpu_decode(struct winnow_gpu *gpu, uint32_t n_items,
         return -EBUSY;
     struct sim_gpu_launch *launch = &gpu->launch[gpu->n_launches++];
     *launch = (struct sim_gpu_launch){.ticket = ++gpu->n_tickets, .n = n_items};
+    sim_gpu.n_launches++;
     launch->n_polls = sim_gpu.rng ? (uint32_t)winnow_rng_below(sim_gpu.rng, 4) : 0;
     for (uint32_t i = 0; i < n_items; i++) {
         struct winnow_gpu_item *item = &launch->item[i];
@@ -390,16 +391,18 @@ static void sim_gpu_attend_selected(struct sim_gpu_unit *unit, uint8_t round)
             continue;
         const struct sim_gpu_index *index = sim_gpu_unit_index(unit, b / unit->n_span);
         uint32_t home = index->home[unit->head * unit->n_span + b % unit->n_span];
+        struct winnow_gpu_certificate *c = unit->certificate;
+        if (c->n_blocks_disk + c->n_blocks_unfit < unit->item->n_disk_block_max)
+            unit->item->disk_block[c->n_blocks_disk + c->n_blocks_unfit] =
+                unit->head * unit->n_blocks + b;
         if (home == WINNOW_GPU_ON_DISK) {
-            struct winnow_gpu_certificate *c = unit->certificate;
-            if (c->n_blocks_disk < unit->item->n_disk_block_max)
-                unit->item->disk_block[c->n_blocks_disk] = unit->head * unit->n_blocks + b;
             c->n_blocks_disk++;
             sim_gpu.n_disk++;
             unit->selection.selected[b] = 0;
             continue;
         }
-        unit->certificate->n_blocks_host++;
+        c->n_blocks_host++;
+        c->n_blocks_unfit++;
         block[n] = unit->gpu->device->arena + (size_t)home * 4096;
         n_tokens[n] = WINNOW_BLOCK_TOKENS;
         of[n++] = b;

@@ -47,6 +47,86 @@ static void test_device__blocks_on_disk_are_read_for_it(void)
     same_check(&cpu, &gpu);
 }
 
+/* One step of a flat head over a text that lies mostly on disk. */
+static struct winnow_core_certificate flat_step(uint64_t gpu_memory_bytes, float *out)
+{
+    enum { N = 4000 };
+    static struct sim_text text;
+    struct winnow_model_shape shape = sim_shape(4, 8, 1, 64, WINNOW_FP16);
+    struct sim_options options = {.seed = test_seed(),
+                                  .gpu_memory_bytes = gpu_memory_bytes,
+                                  .disk_cap_bytes = 64 << 20,
+                                  .data_file_bytes = 4 << 20};
+    struct sim_world world;
+    sim_world_init(&world, &options);
+    sim_text_init(&text, &world, &shape, test_seed());
+    text.q_scale = 0.1f;
+    CHECK_EQ(sim_text_open(&text, NULL), 0);
+    CHECK_EQ(sim_text_fill(&text, 0, N, 500), 0);
+    sim_world_settle(&world);
+    CHECK_EQ(sim_text_step(&text, 0, N, 0.95f, out), 0);
+    struct winnow_core_certificate certificate = text.last.attend.certificate;
+    CHECK_EQ(sim_text_close(&text), 0);
+    sim_world_settle(&world);
+    sim_baseline_check(&world);
+    sim_world_finish(&world);
+    return certificate;
+}
+
+/* However many blocks one step lacks, they are read at once: a launch that finds them on disk, one
+ * that answers, and one between where the second round lacks some too. */
+static void test_device__one_more_launch_for_any_number_of_blocks(void)
+{
+    float of_cpu[8 * 64], of_device[8 * 64];
+    flat_step(0, of_cpu);
+    struct winnow_core_certificate c = flat_step(64 << 20, of_device);
+    CHECK(c.n_blocks_disk > WINNOW_N_GROUPS * WINNOW_GROUP_BLOCKS);
+    CHECK(c.n_blocks_host > 0);
+    CHECK_EQ(sim_gpu.n_launches, 1 + c.n_rounds);
+    CHECK(!memcmp(of_cpu, of_device, sizeof of_cpu));
+}
+
+/* Steps of sessions that come together go in one launch, with the bits that each has alone. */
+static void test_device__sessions_share_launches(void)
+{
+    enum { N = 600, N_SESSIONS = 4, N_ALONE = 8 };
+    static struct sim_text text[N_SESSIONS];
+    static struct sim_step step[N_SESSIONS];
+    struct winnow_model_shape shape = small_shape();
+    struct sim_options options =
+        with_gpu((struct sim_options){.seed = test_seed(), .host_pool_bytes = 64 << 20});
+    float alone[4 * 64], out[N_SESSIONS][4 * 64];
+    bool done[N_SESSIONS];
+    struct sim_world world;
+    sim_world_init(&world, &options);
+    sim_text_init(&text[0], &world, &shape, test_seed());
+    CHECK_EQ(sim_text_open(&text[0], NULL), 0);
+    CHECK_EQ(sim_text_fill(&text[0], 0, N, 200), 0);
+    for (int i = 1; i < N_SESSIONS; i++)
+        CHECK_EQ(sim_text_fork(&text[0], &text[i]), 0);
+    for (uint64_t i = 0; i < N_ALONE; i++) {
+        CHECK_EQ(sim_text_step(&text[0], 0, N + i, 0.9f, alone), 0);
+        uint64_t n_launches = sim_gpu.n_launches, n_steps = sim_gpu.n_steps;
+        for (int k = 1; k < N_SESSIONS; k++) {
+            sim_text_step_make(&text[k], &step[k], 0, N + i, 0.9f, out[k]);
+            sim_text_send(&text[k], &step[k].request, 0, &done[k]);
+        }
+        sim_world_settle(&world);
+        for (int k = 1; k < N_SESSIONS; k++) {
+            CHECK(done[k]);
+            CHECK_EQ(step[k].request.status, 0);
+            CHECK(!memcmp(out[k], alone, sizeof alone));
+        }
+        CHECK_EQ(sim_gpu.n_steps - n_steps, N_SESSIONS - 1);
+        CHECK_EQ(sim_gpu.n_launches - n_launches, 1);
+    }
+    for (int i = 0; i < N_SESSIONS; i++)
+        CHECK_EQ(sim_text_close(&text[i]), 0);
+    sim_world_settle(&world);
+    sim_baseline_check(&world);
+    sim_world_finish(&world);
+}
+
 /* Whichever call finds it lost: the step under way and all that follow are the CPU's, with the same
  * bits, and nothing is left behind. */
 static void test_device__lost_at_any_call(void)
@@ -90,6 +170,8 @@ int main(int argc, char **argv)
     cpu_outcome();
     TEST_RUN(test_device__same_bits_as_the_cpu);
     TEST_RUN(test_device__blocks_on_disk_are_read_for_it);
+    TEST_RUN(test_device__one_more_launch_for_any_number_of_blocks);
+    TEST_RUN(test_device__sessions_share_launches);
     TEST_RUN(test_device__lost_at_any_call);
     TEST_RUN(test_device__random_runs_have_the_same_bits);
     return TEST_END();

@@ -115,6 +115,19 @@ void winnow_core_arena(const struct winnow_core *core, void **ret_arena, size_t 
     *ret_arena = winnow_arena_base(core->tiers.arena, ret_bytes);
 }
 
+bool winnow_core_gpu_plan(const struct winnow_core *core, const struct winnow_model_shape *shape,
+                          char text[256])
+{
+    return core->tiers.device && winnow_device_plan(core, shape, text);
+}
+
+const char *winnow_core_gpu_shape(const struct winnow_core *core, uint64_t *ret_n_shapes)
+{
+    const struct winnow_device *device = core->tiers.device;
+    *ret_n_shapes = device ? device->n_shapes : 0;
+    return *ret_n_shapes ? device->shape_text : NULL;
+}
+
 bool winnow_core_gpu_lost(const struct winnow_core *core)
 {
     return winnow_device_lost(core->tiers.device);

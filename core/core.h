@@ -194,6 +194,12 @@ int winnow_core_create(const struct winnow_core_options *options, struct winnow_
 /* Every request must be done and the store closed. Sessions still open end. NULL is fine. */
 void winnow_core_destroy(struct winnow_core *core);
 void winnow_core_arena(const struct winnow_core *core, void **ret_arena, size_t *ret_bytes);
+/* How the GPU's memory would be divided for sessions of this shape, a line. False: it has no room,
+ * or there is no GPU. */
+bool winnow_core_gpu_plan(const struct winnow_core *core, const struct winnow_model_shape *shape,
+                          char text[256]);
+/* The same of the shape that it serves, NULL: none yet; the number of shapes that it has served. */
+const char *winnow_core_gpu_shape(const struct winnow_core *core, uint64_t *ret_n_shapes);
 /* The GPU was lost: its sessions go on with the CPU's kernels. */
 bool winnow_core_gpu_lost(const struct winnow_core *core);
 void winnow_core_set_store(struct winnow_core *core, struct winnow_store *store); /* borrowed */

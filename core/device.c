@@ -9,7 +9,7 @@
 #include <string.h>
 
 enum {
-    CACHE_OF_KV = 10,  /* one block in so many of those indexed has a slot */
+    CACHE_OF_KV = 20,  /* one block in so many of those indexed has a slot, at least */
     TAIL_AT_ONCE = 32, /* blocks of every head that one call puts */
     MOVED_AT_ONCE = 4096,
 };
@@ -46,30 +46,38 @@ static uint64_t sizes_sum(const struct winnow_gpu_sizes *sizes)
            sizes->other_bytes;
 }
 
-/* As if n_segments were indexed: everything else follows from it. */
-static bool options_fit(const struct winnow_device *device, struct winnow_gpu_options *options,
-                        uint32_t n_segments)
+static uint64_t blocks_of(const struct winnow_gpu_options *options, uint64_t n_segments)
 {
     const struct winnow_model_shape *shape = &options->shape;
-    uint32_t n_span = options->segment_tokens / WINNOW_BLOCK_TOKENS;
-    uint64_t n_blocks = (uint64_t)n_segments * n_span * shape->n_kv_heads * shape->n_layers;
+    return n_segments * (options->segment_tokens / WINNOW_BLOCK_TOKENS) * shape->n_kv_heads *
+           shape->n_layers;
+}
+
+static bool options_fit(const struct winnow_device *device, struct winnow_gpu_options *options,
+                        uint32_t n_segments, uint64_t n_slots)
+{
     struct winnow_gpu_sizes sizes;
     char text[256];
-    if (n_blocks / CACHE_OF_KV > INT32_MAX || n_blocks > UINT32_MAX)
+    if (n_slots > INT32_MAX || blocks_of(options, n_segments) > UINT32_MAX)
         return false;
     options->n_segments_max = n_segments;
-    options->n_slots = (uint32_t)(n_blocks / CACHE_OF_KV);
-    options->n_launch_blocks_max = (uint64_t)n_segments * n_span;
+    options->n_slots = (uint32_t)n_slots;
+    options->n_launch_blocks_max =
+        (uint64_t)n_segments * (options->segment_tokens / WINNOW_BLOCK_TOKENS);
     return device->api->sizes(options, &sizes, text) == 0 &&
            sizes_sum(&sizes) <= device->memory_bytes;
 }
 
-/* The most segments whose index, with a cache in proportion, the device's memory holds. */
+/* As many segments as the host's index can hold; fewer where one block in CACHE_OF_KV of theirs
+ * would have no slot. What the index leaves is the cache, up to a slot for every block. */
 static bool options_choose(const struct winnow_core *core, const struct winnow_model_shape *shape,
                            uint32_t n_sinks, struct winnow_gpu_options *options)
 {
-    uint32_t fits = 0, S = core->options.segment_tokens;
+    const struct winnow_device *device = core->tiers.device;
+    uint32_t n_segments = 0, S = core->options.segment_tokens;
     uint64_t n_of_context = core->options.n_tokens_max / S + 1;
+    double segment_bytes = winnow_core_index_bytes_per_token(shape) * S;
+    uint64_t n_of_index = (uint64_t)((double)core->options.index_memory_bytes / segment_bytes) + 1;
     *options = (struct winnow_gpu_options){
         .shape = *shape,
         .segment_tokens = S,
@@ -80,10 +88,17 @@ static bool options_choose(const struct winnow_core *core, const struct winnow_m
             core->n_runs_max < WINNOW_GPU_ITEMS_MAX ? core->n_runs_max : WINNOW_GPU_ITEMS_MAX,
     };
     options->shape.block_layout = WINNOW_BLOCK_FRAGMENTS;
-    for (uint32_t bit = UINT32_C(1) << 24; bit; bit /= 2)
-        if (options_fit(core->tiers.device, options, fits + bit))
-            fits += bit;
-    return fits > 0 && options_fit(core->tiers.device, options, fits);
+    for (uint32_t bit = UINT32_C(1) << 24; bit; bit /= 2) {
+        uint64_t n_blocks = blocks_of(options, n_segments + bit);
+        if (n_segments + bit <= n_of_index &&
+            options_fit(device, options, n_segments + bit, n_blocks / CACHE_OF_KV))
+            n_segments += bit;
+    }
+    uint64_t n_blocks = blocks_of(options, n_segments), n_slots = n_blocks / CACHE_OF_KV;
+    for (uint64_t bit = UINT64_C(1) << 31; bit; bit /= 2)
+        if (n_slots + bit <= n_blocks && options_fit(device, options, n_segments, n_slots + bit))
+            n_slots += bit;
+    return n_segments > 0 && options_fit(device, options, n_segments, n_slots);
 }
 
 static void gpu_destroy(struct winnow_device *device)
@@ -130,6 +145,8 @@ static bool gpu_create(struct winnow_core *core, const struct winnow_model_shape
         gpu_destroy(device);
         return false;
     }
+    struct winnow_gpu_sizes sizes;
+    device->n_shapes += device->api->sizes(options, &sizes, device->shape_text) == 0;
     return true;
 }
 
@@ -189,6 +206,15 @@ bool winnow_device_wants(const struct winnow_core *core, const struct winnow_mod
                device->shape_options.n_sinks == options->n_sinks &&
                same_shape(&device->shape_options.shape, shape);
     return options_choose(core, shape, options->n_sinks, &chosen);
+}
+
+bool winnow_device_plan(const struct winnow_core *core, const struct winnow_model_shape *shape,
+                        char text[256])
+{
+    struct winnow_gpu_options options;
+    struct winnow_gpu_sizes sizes;
+    return options_choose(core, shape, WINNOW_BLOCK_TOKENS, &options) &&
+           core->tiers.device->api->sizes(&options, &sizes, text) == 0;
 }
 
 void winnow_device_join(struct winnow_core *core, struct winnow_session *session)

@@ -48,6 +48,8 @@ struct winnow_device {
     struct winnow_gpu_device *device;
     struct winnow_gpu *gpu; /* NULL: no session is open */
     struct winnow_gpu_options shape_options;
+    uint64_t n_shapes;    /* served, this one included */
+    char shape_text[256]; /* how memory is divided for it */
     uint64_t memory_bytes;
     bool lost;
     uint32_t n_sessions;
@@ -74,6 +76,9 @@ void winnow_device_destroy(struct winnow_device *device); /* NULL is fine */
 /* A new session of this shape would have its steps taken: its blocks are of layout 2. */
 bool winnow_device_wants(const struct winnow_core *core, const struct winnow_model_shape *shape,
                          const struct winnow_session_options *options);
+/* How memory would be divided for such sessions, a line; false: there is no room. */
+bool winnow_device_plan(const struct winnow_core *core, const struct winnow_model_shape *shape,
+                        char text[256]);
 /* Takes a slot for the session, as far as there is one. */
 void winnow_device_join(struct winnow_core *core, struct winnow_session *session);
 void winnow_device_leave(struct winnow_core *core, struct winnow_session *session);

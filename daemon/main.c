@@ -118,6 +118,9 @@ static void print_room(const struct daemon *daemon, FILE *file)
     double kv_bytes = (double)shape.n_layers * shape.n_kv_heads * winnow_block_bytes(&shape) /
                       WINNOW_BLOCK_TOKENS;
     double index_bytes = winnow_core_index_bytes_per_token(&shape);
+    char gpu[256];
+    if (winnow_core_gpu_plan(daemon->core, &shape, gpu))
+        fprintf(file, "gpu    of an 8B model: %s\n", gpu);
     fprintf(file,
             "room   %.0f tokens of an 8B model (index_memory), %.0f of them in memory (host_pool), "
             "%.0f on disk (disk_cap)\n",

@@ -204,7 +204,8 @@ struct winnow_rpc {
     struct winnow_rpc_tag wake_tag, shutdown_tag;
     uint32_t n_posted, n_open;
     bool is_draining, is_shut_down, is_stepping;
-    bool is_gpu_lost; /* told */
+    bool is_gpu_lost;      /* told */
+    uint64_t n_gpu_shapes; /* told */
 
     /* Any thread sets, the serving thread reads once woken. */
     _Atomic bool is_woken;

@@ -346,6 +346,11 @@ static void push_watchers(struct winnow_rpc *rpc)
 /* Its sessions go on with the CPU; who watches may send the next ones elsewhere. */
 static void look_at_gpu(struct winnow_rpc *rpc)
 {
+    uint64_t n_shapes;
+    const char *shape = winnow_core_gpu_shape(rpc->core, &n_shapes);
+    if (n_shapes != rpc->n_gpu_shapes)
+        winnow_log(WINNOW_LOG_NOTICE, "gpu_memory", "text=\"%s\"", shape);
+    rpc->n_gpu_shapes = n_shapes;
     if (rpc->is_gpu_lost || !winnow_core_gpu_lost(rpc->core))
         return;
     rpc->is_gpu_lost = true;

@@ -77,13 +77,14 @@ static int sim_gpu_sizes(const struct winnow_gpu_options *options, struct winnow
     const struct winnow_model_shape *shape = &options->shape;
     uint64_t n_heads = (uint64_t)shape->n_layers * shape->n_kv_heads;
     uint32_t n_span = options->segment_tokens / WINNOW_BLOCK_TOKENS;
-    (void)text;
     *sizes = (struct winnow_gpu_sizes){0};
     sizes->segment_bytes = n_heads * n_span * (10ull * shape->k_width + shape->v_width);
     sizes->session_bytes = n_heads * (n_span + 12) * winnow_block_bytes(shape);
     sizes->index_bytes = sizes->segment_bytes * options->n_segments_max;
     sizes->tail_bytes = sizes->session_bytes * options->n_sessions_max;
     sizes->cache_bytes = (uint64_t)options->n_slots * winnow_block_bytes(shape);
+    snprintf(text, 256, "index %u segments, cache %u slots", options->n_segments_max,
+             options->n_slots);
     return 0;
 }
 

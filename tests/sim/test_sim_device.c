@@ -127,6 +127,40 @@ static void test_device__sessions_share_launches(void)
     sim_world_finish(&world);
 }
 
+static struct winnow_gpu_options options_of(uint64_t gpu_memory_bytes, uint64_t index_memory_bytes)
+{
+    static struct sim_text text;
+    struct winnow_model_shape shape = small_shape();
+    struct sim_options options = {.seed = test_seed(),
+                                  .gpu_memory_bytes = gpu_memory_bytes,
+                                  .index_memory_bytes = index_memory_bytes};
+    struct sim_world world;
+    sim_world_init(&world, &options);
+    sim_text_init(&text, &world, &shape, test_seed());
+    CHECK_EQ(sim_text_open(&text, NULL), 0);
+    struct winnow_gpu_options chosen = world.core->tiers.device->shape_options;
+    CHECK_EQ(sim_text_close(&text), 0);
+    sim_world_settle(&world);
+    sim_world_finish(&world);
+    return chosen;
+}
+
+/* The device indexes what the host does. Memory beyond that is cache, until every block has a slot;
+ * where it is short, segments go before the cache falls under a twentieth. */
+static void test_device__memory_is_index_then_cache(void)
+{
+    struct winnow_gpu_options large = options_of(256 << 20, 4 << 20);
+    struct winnow_gpu_options middle = options_of(24 << 20, 4 << 20);
+    struct winnow_gpu_options small = options_of(4 << 20, 4 << 20);
+    uint32_t n_of_segment = N_LAYERS * 2 * 128 / WINNOW_BLOCK_TOKENS;
+    CHECK_EQ(large.n_slots, large.n_segments_max * n_of_segment);
+    CHECK_EQ(middle.n_segments_max, large.n_segments_max);
+    CHECK(middle.n_slots < large.n_slots && middle.n_slots > large.n_slots / 20);
+    CHECK(small.n_segments_max < large.n_segments_max);
+    CHECK(small.n_slots >= small.n_segments_max * n_of_segment / 20);
+    CHECK(small.n_slots < small.n_segments_max * n_of_segment / 10);
+}
+
 /* Whichever call finds it lost: the step under way and all that follow are the CPU's, with the same
  * bits, and nothing is left behind. */
 static void test_device__lost_at_any_call(void)
@@ -172,6 +206,7 @@ int main(int argc, char **argv)
     TEST_RUN(test_device__blocks_on_disk_are_read_for_it);
     TEST_RUN(test_device__one_more_launch_for_any_number_of_blocks);
     TEST_RUN(test_device__sessions_share_launches);
+    TEST_RUN(test_device__memory_is_index_then_cache);
     TEST_RUN(test_device__lost_at_any_call);
     TEST_RUN(test_device__random_runs_have_the_same_bits);
     return TEST_END();

@@ -403,6 +403,14 @@ static void daemon_print(const struct engine *engine)
            (double)stats.kv_disk_bytes * gib, (double)stats.index_bytes * gib,
            (double)stats.written_bytes * gib, (double)stats.read_bytes_attend * gib,
            (double)stats.read_bytes_exact * gib);
+    printf("gpu: %llu steps in %llu launches, which found %.1f %% of %llu blocks in its cache, "
+           "evicted "
+           "%llu and had no slot for %llu\n",
+           (unsigned long long)stats.device_steps, (unsigned long long)stats.device_launches,
+           100 * (double)stats.device_hits /
+               fmax((double)(stats.device_hits + stats.device_misses), 1),
+           (unsigned long long)(stats.device_hits + stats.device_misses),
+           (unsigned long long)stats.device_evictions, (unsigned long long)stats.device_unfit);
 }
 
 static void options_parse(int argc, char **argv, struct engine *engine, uint64_t *seed)

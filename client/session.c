@@ -342,6 +342,7 @@ static void stats_take(const Winnow__V1__StatsReply *reply, winnow_stats *stats)
     TAKE(second_rounds);
     TAKE(exact_windows);
     TAKE(blocks_total);
+    TAKE(blocks_device);
     TAKE(blocks_host);
     TAKE(blocks_disk);
     TAKE(read_bytes_attend);
@@ -353,6 +354,12 @@ static void stats_take(const Winnow__V1__StatsReply *reply, winnow_stats *stats)
     TAKE(rss_peak_bytes);
     TAKE(printed_bytes);
     TAKE(mass_mean);
+    TAKE(device_steps);
+    TAKE(device_launches);
+    TAKE(device_hits);
+    TAKE(device_misses);
+    TAKE(device_evictions);
+    TAKE(device_unfit);
 #undef TAKE
 }
 

@@ -76,6 +76,7 @@ static void stats_count(struct winnow_session *session, const struct winnow_core
     winnow_assert(c->verdict <= WINNOW_VERDICT_DEGRADED);
     stats->n_steps[c->verdict]++;
     stats->n_blocks_total += c->n_blocks_total;
+    stats->n_blocks_device += c->n_blocks_device;
     stats->n_blocks_host += c->n_blocks_host;
     stats->n_blocks_disk += c->n_blocks_disk;
     stats->mass_sum_micro += (uint64_t)(c->mass_mean * 1e6f);

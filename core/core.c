@@ -128,6 +128,11 @@ const char *winnow_core_gpu_shape(const struct winnow_core *core, uint64_t *ret_
     return *ret_n_shapes ? device->shape_text : NULL;
 }
 
+bool winnow_core_has_gpu(const struct winnow_core *core)
+{
+    return core->tiers.device;
+}
+
 bool winnow_core_gpu_lost(const struct winnow_core *core)
 {
     return winnow_device_lost(core->tiers.device);

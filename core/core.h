@@ -89,7 +89,9 @@ struct winnow_core_stats {
     uint64_t index_bytes, index_cap_bytes;
     uint64_t n_steps[5]; /* by verdict */
     uint64_t n_second_rounds, n_exact_windows;
-    uint64_t n_blocks_total, n_blocks_host, n_blocks_disk;
+    uint64_t n_blocks_total, n_blocks_device, n_blocks_host, n_blocks_disk;
+    uint64_t n_device_steps, n_device_launches; /* answered by the GPU; of all sessions together */
+    struct winnow_gpu_counters device;          /* its cache, of the shape that it serves */
     uint64_t read_bytes_attend, read_bytes_exact, read_bytes_readahead, read_bytes_truncate;
     uint64_t written_bytes;
     uint64_t n_errors[134];          /* by errno */
@@ -200,6 +202,7 @@ bool winnow_core_gpu_plan(const struct winnow_core *core, const struct winnow_mo
                           char text[256]);
 /* The same of the shape that it serves, NULL: none yet; the number of shapes that it has served. */
 const char *winnow_core_gpu_shape(const struct winnow_core *core, uint64_t *ret_n_shapes);
+bool winnow_core_has_gpu(const struct winnow_core *core); /* a lost one too */
 /* The GPU was lost: its sessions go on with the CPU's kernels. */
 bool winnow_core_gpu_lost(const struct winnow_core *core);
 void winnow_core_set_store(struct winnow_core *core, struct winnow_store *store); /* borrowed */

@@ -140,8 +140,13 @@ static bool gpu_create(struct winnow_core *core, const struct winnow_model_shape
     device->tail = winnow_alloc_array(n_heads * TAIL_AT_ONCE, sizeof *device->tail);
     if (!device->views || !device->homes || !device->segment || !device->moved || !device->tail ||
         slots_init(&device->session_slots, options->n_sessions_max) < 0 ||
-        slots_init(&device->segment_slots, options->n_segments_max) < 0 ||
-        device->api->create(device->device, options, &device->gpu, text) < 0) {
+        slots_init(&device->segment_slots, options->n_segments_max) < 0) {
+        gpu_destroy(device);
+        return false;
+    }
+    int rc = device->api->create(device->device, options, &device->gpu, text);
+    if (rc < 0) {
+        device->lost = rc == -EIO;
         gpu_destroy(device);
         return false;
     }
@@ -262,6 +267,21 @@ void winnow_device_segment_end(struct winnow_device *device, struct winnow_segme
     device->segment[segment->device_slot - 1] = NULL;
     slots_give(&device->segment_slots, segment->device_slot);
     segment->device_slot = 0;
+}
+
+void winnow_device_counters(struct winnow_device *device, struct winnow_gpu_counters *sum)
+{
+    *sum = (struct winnow_gpu_counters){0};
+    uint32_t n_layers = device && device->gpu ? device->shape_options.shape.n_layers : 0;
+    for (uint32_t layer = 0; layer < n_layers && !device->lost; layer++) {
+        struct winnow_gpu_counters one;
+        if (device->api->counters(device->gpu, layer, &one) < 0)
+            return; /* the next launch finds it lost */
+        sum->n_hits += one.n_hits;
+        sum->n_misses += one.n_misses;
+        sum->n_evictions += one.n_evictions;
+        sum->n_unfit += one.n_unfit;
+    }
 }
 
 void winnow_device_shape_end(struct winnow_device *device)

@@ -88,6 +88,9 @@ void winnow_device_segment_end(struct winnow_device *device, struct winnow_segme
 void winnow_device_block_moved(struct winnow_device *device, struct winnow_segment *segment,
                                uint32_t block_idx);
 
+/* Of all layers of the shape it serves; zeros where there is none. Waits for launches. */
+void winnow_device_counters(struct winnow_device *device, struct winnow_gpu_counters *sum);
+
 /* Everything that the step's launch reads is brought there; the item says what is left to append.
  * 0; -EDQUOT: the device has no room; -EIO. */
 int winnow_device_sync(struct winnow_core *core, struct winnow_session *session,

@@ -125,6 +125,7 @@ static bool launch_send(struct winnow_core *core)
     launch->ticket = device->api->decode(device->gpu, launch->n, device->item);
     winnow_assert(launch->ticket > 0 || launch->ticket == -EIO);
     device->n_launches++;
+    core->stats.n_device_launches++;
     if (launch->ticket < 0) {
         lose(core);
         return false;
@@ -186,6 +187,8 @@ static void step_done(struct winnow_core *core, struct winnow_session *session,
     c->mass_reached = from->mass_reached;
     c->mass_mean = from->mass_mean;
     c->n_rounds = from->n_rounds;
+    session->stats.n_second_rounds += from->n_rounds > 1;
+    session->stats.n_device_steps++;
     op->by_device = true;
     op->state = WINNOW_OP_STRICT;
 }

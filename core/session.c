@@ -205,9 +205,11 @@ static void stats_add(struct winnow_core_stats *sum, const struct winnow_core_st
 {
     for (int i = 0; i < 5; i++)
         sum->n_steps[i] += one->n_steps[i];
+    sum->n_device_steps += one->n_device_steps;
     sum->n_second_rounds += one->n_second_rounds;
     sum->n_exact_windows += one->n_exact_windows;
     sum->n_blocks_total += one->n_blocks_total;
+    sum->n_blocks_device += one->n_blocks_device;
     sum->n_blocks_host += one->n_blocks_host;
     sum->n_blocks_disk += one->n_blocks_disk;
     sum->read_bytes_attend += one->read_bytes_attend;
@@ -369,6 +371,8 @@ void winnow_stats_fill(struct winnow_core *core, struct winnow_request *request)
             (!request->owner || session->owner == request->owner))
             session_add(session, stats);
     }
+    stats->n_device_launches = core->stats.n_device_launches;
+    winnow_device_counters(core->tiers.device, &stats->device);
     winnow_arena_use(core->tiers.arena, &use);
     stats->pool_tail_bytes = use.held_bytes;
     stats->pool_cache_bytes = use.cache_bytes;

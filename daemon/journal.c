@@ -134,7 +134,8 @@ bool winnow_journal_hour(struct winnow_journal *journal, const struct winnow_cor
         n_steps += stats->n_steps[i] - before->n_steps[i];
     if (!n_steps && !n_refused)
         return false;
-    uint64_t n_host = stats->n_blocks_host - before->n_blocks_host;
+    uint64_t n_host = stats->n_blocks_device - before->n_blocks_device + stats->n_blocks_host -
+                      before->n_blocks_host;
     uint64_t n_read = n_host + stats->n_blocks_disk - before->n_blocks_disk;
     uint64_t n_mass = stats->n_mass - before->n_mass;
     double mass =

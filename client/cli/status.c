@@ -90,6 +90,9 @@ uint32_t cli_stats_warn(const Winnow__V1__StatsReply *s,
     uint32_t n = 0;
     if (strcmp(s->state, "ready"))
         warn(warning, &n, "state", "winnow doctor", "winnowd is %s", s->state);
+    if (!strcmp(s->gpu, "lost"))
+        warn(warning, &n, "gpu_lost", "start winnowd anew; the kernel's log says what happened",
+             "the GPU was lost: the CPU takes its steps");
     if (s->disk_stuck)
         warn(warning, &n, "disk_stuck", "look at the disk's own log (dmesg)",
              "the disk does not answer: %" PRIu64 " reads were not answered in time, contexts on "
@@ -163,13 +166,14 @@ static void print_sessions(const Winnow__V1__StatsReply *s)
 static void print_status(const struct winnow_link *link, const Winnow__V1__StatsReply *s, bool bars)
 {
     char a[16], b[16], c[16], up[48];
-    uint64_t n_errors = 0, n_read = s->blocks_host + s->blocks_disk;
+    uint64_t n_errors = 0, n_here = s->blocks_device + s->blocks_host;
+    uint64_t n_read = n_here + s->blocks_disk;
     for (size_t i = 0; i < s->n_errors; i++)
         n_errors += s->errors[i]->n;
     printf("* winnowd %s %s %s  refused %" PRIu64 "  kernels %s, %u threads\n", link->build,
            s->state, cli_duration(s->uptime_s, up), n_errors, s->kernels, s->threads);
     print_bar("host", s->pool_cap_bytes - s->pool_free_bytes, s->pool_cap_bytes, bars);
-    printf("  hit %.0f %%  RSS %s, at most %s\n", 100 * cli_ratio(s->blocks_host, n_read),
+    printf("  hit %.0f %%  RSS %s, at most %s\n", 100 * cli_ratio(n_here, n_read),
            cli_bytes(s->rss_bytes, a), cli_bytes(s->printed_bytes, b));
     print_bar("index", s->index_bytes, s->index_cap_bytes, bars);
     putchar('\n');
@@ -187,6 +191,11 @@ static void print_status(const struct winnow_link *link, const Winnow__V1__Stats
         " steps\n",
         100 * cli_ratio(n_read, s->blocks_total), (double)s->mass_mean,
         100 * cli_ratio(s->steps_short, count_steps(s)), count_steps(s));
+    if (strcmp(s->gpu, "off"))
+        printf("gpu    %s  %" PRIu64 " steps in %" PRIu64 " launches  %.1f %% of the blocks read "
+               "found in its cache  evicted %" PRIu64 ", no slot for %" PRIu64 "\n",
+               s->gpu, s->device_steps, s->device_launches,
+               100 * cli_ratio(s->blocks_device, n_read), s->device_evictions, s->device_unfit);
     print_sessions(s);
     struct cli_warning warning[CLI_N_WARNINGS_MAX];
     uint32_t n_warnings = cli_stats_warn(s, warning);
@@ -198,7 +207,8 @@ static void print_status(const struct winnow_link *link, const Winnow__V1__Stats
 static void print_row(const Winnow__V1__StatsReply *s, const Winnow__V1__StatsReply *before,
                       double seconds)
 {
-    uint64_t n_host = s->blocks_host - before->blocks_host;
+    uint64_t n_host =
+        s->blocks_device - before->blocks_device + s->blocks_host - before->blocks_host;
     uint64_t n_disk = s->blocks_disk - before->blocks_disk;
     uint64_t read_bytes = s->read_bytes_attend + s->read_bytes_exact + s->read_bytes_readahead;
     uint64_t read_before =

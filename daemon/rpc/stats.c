@@ -77,6 +77,7 @@ static void set_totals(const struct winnow_core_stats *stats, Winnow__V1__StatsR
     reply->second_rounds = stats->n_second_rounds;
     reply->exact_windows = stats->n_exact_windows;
     reply->blocks_total = stats->n_blocks_total;
+    reply->blocks_device = stats->n_blocks_device;
     reply->blocks_host = stats->n_blocks_host;
     reply->blocks_disk = stats->n_blocks_disk;
     reply->read_bytes_attend = stats->read_bytes_attend;
@@ -85,6 +86,12 @@ static void set_totals(const struct winnow_core_stats *stats, Winnow__V1__StatsR
     reply->read_bytes_truncate = stats->read_bytes_truncate;
     reply->written_bytes = stats->written_bytes;
     reply->mass_mean = mean_of(stats);
+    reply->device_steps = stats->n_device_steps;
+    reply->device_launches = stats->n_device_launches;
+    reply->device_hits = stats->device.n_hits;
+    reply->device_misses = stats->device.n_misses;
+    reply->device_evictions = stats->device.n_evictions;
+    reply->device_unfit = stats->device.n_unfit;
 }
 
 static void set_daemon(const struct winnow_rpc *rpc, const struct winnow_store_facts *facts,
@@ -109,9 +116,11 @@ static void set_daemon(const struct winnow_rpc *rpc, const struct winnow_store_f
     reply->rss_bytes = read_status_kib("VmRSS:") << 10;
     reply->rss_peak_bytes = read_status_kib("VmHWM:") << 10;
     reply->printed_bytes = winnow_limits_sum_bytes(rpc->limits);
-    reply->state = (char *)(rpc->is_draining                  ? "draining"
-                            : facts->degraded || facts->stuck ? "degraded"
-                                                              : "ready");
+    bool is_degraded = facts->degraded || facts->stuck || rpc->is_gpu_lost;
+    reply->state = (char *)(rpc->is_draining ? "draining" : is_degraded ? "degraded" : "ready");
+    reply->gpu = (char *)(rpc->is_gpu_lost                 ? "lost"
+                          : winnow_core_has_gpu(rpc->core) ? "ready"
+                                                           : "off");
     reply->kernels = (char *)rpc->kernels_name;
     reply->threads = rpc->limits->n_threads;
 }
@@ -164,8 +173,9 @@ static void set_row(struct winnow_rpc_row *row, const struct winnow_registry_ses
     row->row.kv_disk_bytes = stats->kv_disk_bytes;
     row->row.mass_mean = mean_of(stats);
     if (stats->n_blocks_total)
-        row->row.share_read = (float)((double)(stats->n_blocks_host + stats->n_blocks_disk) /
-                                      (double)stats->n_blocks_total);
+        row->row.share_read =
+            (float)((double)(stats->n_blocks_device + stats->n_blocks_host + stats->n_blocks_disk) /
+                    (double)stats->n_blocks_total);
     for (uint32_t i = 0; i < 5; i++)
         row->row.n_steps += stats->n_steps[i];
     row->row.state = (char *)(!stats->n_tokens_held     ? "empty"

@@ -44,6 +44,7 @@ struct winnow_gpu {
     uint32_t *n_segments;        /* [session] */
     uint8_t *tails;              /* [session][layer][head][n_tail_blocks] */
     uint32_t n_tail_blocks;
+    struct winnow_gpu_counters counters[256]; /* [layer] */
     struct sim_gpu_launch launch[SIM_GPU_LAUNCHES];
     uint32_t n_launches;
     int64_t n_tickets;
@@ -521,6 +522,8 @@ static void sim_gpu_item_run(struct winnow_gpu *gpu, const struct winnow_gpu_ite
     }
     free(q);
     item->certificate->mass_mean /= (float)shape->n_q_heads;
+    gpu->counters[item->layer].n_misses += item->certificate->n_blocks_host;
+    gpu->counters[item->layer].n_unfit += item->certificate->n_blocks_unfit;
     sim_gpu.n_steps++;
 }
 
@@ -545,8 +548,7 @@ static int sim_gpu_poll(struct winnow_gpu *gpu, int64_t ticket, bool wait)
 static int sim_gpu_counters(struct winnow_gpu *gpu, uint32_t layer,
                             struct winnow_gpu_counters *counters)
 {
-    (void)gpu, (void)layer;
-    *counters = (struct winnow_gpu_counters){0};
+    *counters = gpu->counters[layer];
     return sim_gpu.failed ? -EIO : 0;
 }
 

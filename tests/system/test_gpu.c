@@ -12,10 +12,32 @@ enum { N_TOKENS = 2000, N_STEPS = 20, N_LAYERS = 2 };
 
 struct result {
     uint64_t windows, steps;
-    bool used, lost; /* by the log */
+    bool used;       /* by the log */
+    uint32_t n_lost; /* lines of it */
+    int status;      /* of `winnow status` */
+    bool shown;      /* what it says of the GPU is what the case is to say */
+    winnow_stats stats;
 };
 
-static struct result run(const char *gpu, const char *fails_after)
+static uint32_t count(const char *text, const char *word)
+{
+    uint32_t n = 0;
+    for (const char *at = text; (at = strstr(at, word)); at++)
+        n++;
+    return n;
+}
+
+static void status_take(const struct daemon *daemon, const char *shown, struct result *result)
+{
+    char path[256], *output;
+    const char *argv[] = {program_path("winnow", path), "status", "--json", NULL};
+    result->status = program_run(argv, daemon->socket, &output);
+    result->shown = strstr(output, shown) != NULL;
+    free(output);
+}
+
+/* `shown`: what `winnow status --json` has to say of the GPU at the end. */
+static struct result run(const char *gpu, const char *fails_after, const char *shown)
 {
     const char *const args[] = {"--gpu",       gpu,     "--gpu-memory",     "64MiB",
                                 "--host-pool", "64MiB", "--disk-cap",       "512MiB",
@@ -39,11 +61,14 @@ static struct result run(const char *gpu, const char *fails_after)
         ENGINE_OK(engine_decode(
             &engine, &(struct engine_step){.mass = i % 10 ? 0.9F : 1, .hash = &result.steps}));
     result.windows = engine.hash_windows;
+    result.stats = (winnow_stats)WINNOW_STATS;
+    ENGINE_OK(winnow_stats_get(engine.client, NULL, &result.stats, 0));
+    status_take(&daemon, shown, &result);
     engine_close(&engine);
     CHECK_EQ(daemon_stop(&daemon, SIGTERM), 0);
     char *output = daemon_output(&daemon);
     result.used = strstr(output, "gpu used=1") != NULL;
-    result.lost = strstr(output, "gpu_lost") != NULL;
+    result.n_lost = count(output, "gpu_lost");
     free(output);
     daemon_remove(&daemon);
     return result;
@@ -56,14 +81,24 @@ static void test_gpu__same_bits_used_and_lost(void)
     char path[256];
     if (access(program_path("winnow_cuda.so", path), F_OK) == 0)
         TEST_SKIP("winnowd would load the real GPU's library, which lies beside it");
-    struct result cpu = run("off", NULL), gpu = run("required", NULL);
-    struct result lost = run("required", "SIM_GPU_FAILS_AFTER=100");
+    struct result cpu = run("off", NULL, "\"gpu\": \"off\"");
+    struct result gpu = run("required", NULL, "\"gpu\": \"ready\"");
+    struct result lost = run("required", "SIM_GPU_FAILS_AFTER=100", "\"gpu\": \"lost\"");
     CHECK(!cpu.used && gpu.used && lost.used);
-    CHECK(!cpu.lost && !gpu.lost && lost.lost);
+    CHECK(cpu.n_lost == 0 && gpu.n_lost == 0 && lost.n_lost == 1);
+    CHECK(cpu.shown && gpu.shown && lost.shown);
+    CHECK(cpu.status == 0 && gpu.status == 0 && lost.status == 1);
     CHECK_EQ(gpu.windows, cpu.windows);
     CHECK_EQ(gpu.steps, cpu.steps);
     CHECK_EQ(lost.windows, cpu.windows);
     CHECK_EQ(lost.steps, cpu.steps);
+    const winnow_stats *of_gpu = &gpu.stats;
+    CHECK_EQ(cpu.stats.device_launches, 0);
+    CHECK_EQ(of_gpu->device_steps, N_LAYERS * N_STEPS * 9 / 10); /* P = 1 is the CPU's */
+    CHECK_EQ(of_gpu->device_launches, of_gpu->device_steps);
+    CHECK(of_gpu->device_misses > 0 && of_gpu->device_misses == of_gpu->device_unfit);
+    CHECK_EQ(of_gpu->blocks_host, cpu.stats.blocks_host); /* its caches are none */
+    CHECK(lost.stats.device_steps > 0 && lost.stats.device_steps < of_gpu->device_steps);
 }
 
 int main(int argc, char **argv)

@@ -1,5 +1,5 @@
 /* A stock gRPC client: what it may count on, and what it may get wrong. No code of libwinnow's is
- * used, so a fault that both of our sides share is seen. */
+ * used but to bring a daemon where it is asked, so a fault that both of our sides share is seen. */
 #include <errno.h>
 #include <grpc/byte_buffer_reader.h>
 #include <grpc/grpc.h>
@@ -10,7 +10,9 @@
 #include <signal.h>
 #include <string.h>
 #include <system/daemon.h>
+#include <system/engine.h>
 #include <test.h>
+#include <unistd.h>
 
 static const char *const small[] = {"--host-pool", "32MiB", "--disk-cap", "512MiB",
                                     "--threads",   "1",     NULL};
@@ -310,18 +312,74 @@ static void test_stock__metadata_is_limited(void)
     stock_close(&stock);
 }
 
-int main(int argc, char **argv)
+static void server_open(void)
 {
     char target[128];
-    TEST_INIT(argc, argv);
-    daemon_init(&server, small);
     daemon_start(&server);
-    grpc_init();
     snprintf(target, sizeof target, "unix:%s", server.socket);
     grpc_channel_credentials *credentials = grpc_insecure_credentials_create();
     channel = grpc_channel_create(target, credentials, NULL);
     grpc_channel_credentials_release(credentials);
     queue = grpc_completion_queue_create_for_next(NULL);
+}
+
+static void server_close(void)
+{
+    grpc_channel_destroy(channel);
+    grpc_completion_queue_shutdown(queue);
+    while (grpc_completion_queue_next(queue, gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL).type !=
+           GRPC_QUEUE_SHUTDOWN)
+        continue;
+    grpc_completion_queue_destroy(queue);
+    CHECK_EQ(daemon_stop(&server, SIGTERM), 0);
+    daemon_remove(&server);
+}
+
+static void expect_health(const char reply[2])
+{
+    struct stock stock;
+    stock_call(&stock, "/grpc.health.v1.Health/Check", "", 0, NULL);
+    CHECK_EQ(stock.code, GRPC_STATUS_OK);
+    CHECK(stock.reply_bytes == 2 && !memcmp(stock.reply, reply, 2));
+    stock_close(&stock);
+}
+
+/* A daemon that lost its GPU serves on, and says to who watches that it should not be chosen. */
+static void test_stock__a_lost_gpu_is_not_serving(void)
+{
+    static const char *const with_gpu[] = {"--gpu",       "required", "--gpu-memory",     "64MiB",
+                                           "--host-pool", "64MiB",    "--disk-cap",       "512MiB",
+                                           "--threads",   "2",        "--segment-tokens", "512",
+                                           NULL};
+    enum { N_TOKENS = 1500, N_STEPS = 20 };
+    static char library[300];
+    char path[256];
+    struct engine engine;
+    winnow_model model = engine_model(2, 4, 2, 64, 64, WINNOW_DTYPE_FP16, WINNOW_DTYPE_FP32);
+    if (access(program_path("winnow_cuda.so", path), F_OK) == 0)
+        TEST_SKIP("winnowd would load the real GPU's library, which lies beside it");
+    snprintf(library, sizeof library, "LD_LIBRARY_PATH=%s", program_path("gpu", path));
+    daemon_init(&server, with_gpu);
+    server.env[0] = library;
+    server.env[1] = "SIM_GPU_FAILS_AFTER=60";
+    server_open();
+    engine_open(&engine, server.socket, &model, 5, N_TOKENS + N_STEPS, NULL);
+    while (engine.n_tokens < N_TOKENS)
+        ENGINE_OK(engine_window(&engine, 500, NULL));
+    expect_health("\010\001");
+    for (uint32_t i = 0; i < N_STEPS; i++)
+        ENGINE_OK(engine_decode(&engine, &(struct engine_step){.mass = 0.9F}));
+    expect_health("\010\002");
+    engine_close(&engine);
+    server_close();
+}
+
+int main(int argc, char **argv)
+{
+    TEST_INIT(argc, argv);
+    grpc_init();
+    daemon_init(&server, small);
+    server_open();
     TEST_RUN(test_stock__metadata_comes_unasked);
     TEST_RUN(test_stock__a_message_is_missing);
     TEST_RUN(test_stock__empty_messages_are_answered);
@@ -329,14 +387,8 @@ int main(int argc, char **argv)
     TEST_RUN(test_stock__versions);
     TEST_RUN(test_stock__no_room_says_when_to_retry);
     TEST_RUN(test_stock__metadata_is_limited);
-    grpc_channel_destroy(channel);
-    grpc_completion_queue_shutdown(queue);
-    while (grpc_completion_queue_next(queue, gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL).type !=
-           GRPC_QUEUE_SHUTDOWN)
-        continue;
-    grpc_completion_queue_destroy(queue);
+    server_close();
+    TEST_RUN(test_stock__a_lost_gpu_is_not_serving);
     grpc_shutdown_blocking();
-    CHECK_EQ(daemon_stop(&server, SIGTERM), 0);
-    daemon_remove(&server);
     return TEST_END();
 }

@@ -205,11 +205,15 @@ typedef struct winnow_stats {
     uint64_t pool_tail_bytes, pool_cache_bytes, pool_staging_bytes, pool_free_bytes, pool_cap_bytes;
     uint64_t index_bytes, index_cap_bytes, disk_used_bytes, disk_cap_bytes;
     uint64_t steps_exact, steps_met, steps_short, steps_degraded, second_rounds, exact_windows;
-    uint64_t blocks_total, blocks_host, blocks_disk;
+    uint64_t blocks_total, blocks_device, blocks_host, blocks_disk;
     uint64_t read_bytes_attend, read_bytes_exact, read_bytes_readahead, read_bytes_truncate;
     uint64_t written_bytes;
     uint64_t rss_bytes, rss_peak_bytes, printed_bytes;
     float mass_mean;
+    /* Of a GPU: steps it answered, in so many launches; blocks that these found in its cache, or
+     * not (unfit: no slot was free for them). */
+    uint64_t device_steps, device_launches;
+    uint64_t device_hits, device_misses, device_evictions, device_unfit;
 } winnow_stats;
 #define WINNOW_STATS WINNOW_INIT(winnow_stats)
 

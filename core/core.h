@@ -24,6 +24,7 @@ struct winnow_team;
 enum {
     WINNOW_WINDOW_TOKENS_MAX = 4096, /* of one APPEND or EXACT */
     WINNOW_STORE_REQUESTS = 4608,    /* n_requests_max that the core's store must be opened with */
+    WINNOW_CORE_REQUESTS = 4096,     /* submitted and cancelled, not yet taken by a step */
 };
 
 enum winnow_request_kind {

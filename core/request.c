@@ -6,9 +6,8 @@
 #include <errno.h>
 #include <stdio.h>
 
-enum { N_REQUESTS_MAX = 4096 };
-
-static_assert((N_REQUESTS_MAX & (N_REQUESTS_MAX - 1)) == 0, "the ring does not round it up");
+static_assert((WINNOW_CORE_REQUESTS & (WINNOW_CORE_REQUESTS - 1)) == 0,
+              "the ring does not round it up");
 static_assert(sizeof(((struct winnow_core_stats *)0)->n_errors) / sizeof(uint64_t) == 134,
               "winnow_request_done counts below it");
 
@@ -19,7 +18,7 @@ struct message {
 
 int winnow_requests_create(struct winnow_ring **ret_ring)
 {
-    return winnow_ring_create(N_REQUESTS_MAX, sizeof(struct message), ret_ring);
+    return winnow_ring_create(WINNOW_CORE_REQUESTS, sizeof(struct message), ret_ring);
 }
 
 static int message_send(struct winnow_core *core, struct winnow_request *request, bool cancel)

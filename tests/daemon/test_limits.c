@@ -1,6 +1,7 @@
 // The plan's arithmetic: defaults, scaling, sums, and what does not fit.
 #include <test.h>
 
+#include <core/core.h>
 #include <daemon/inflight.h>
 #include <daemon/limits.h>
 
@@ -73,7 +74,7 @@ static void test_limits__small_pool_is_small(void)
     config.host_pool_bytes = 4 * GIB;
     plan(&config, &machine);
     CHECK(limits.rpc_bytes > small_rpc_bytes);
-    CHECK(limits.n_calls_max <= 4096 && limits.n_posted <= 16);
+    CHECK(limits.n_calls_max <= WINNOW_CORE_REQUESTS && limits.n_posted <= 16);
 }
 
 /* The sum is that of its parts and a tenth. */

@@ -1,42 +1,12 @@
 /*
  * What the benches of single stages share: the device memory that a decode step sees, filled by
- * hand, and the part of `begin` that scan and select rely on. Errors end the program.
+ * hand, and the part of `begin` that scan and select rely on.
  */
 #pragma once
 
+#include "card.cuh"
+
 #include <kernels/cuda/stage.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <vector>
-
-inline void ok(cudaError_t rc, const char *what)
-{
-    if (rc == cudaSuccess)
-        return;
-    fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(rc));
-    exit(1);
-}
-
-template <class T> T *device_alloc(size_t n)
-{
-    void *memory;
-    ok(cudaMalloc(&memory, n * sizeof(T)), "cudaMalloc");
-    ok(cudaMemset(memory, 0xff, n * sizeof(T)), "cudaMemset");
-    return (T *)memory;
-}
-
-template <class T> std::vector<T> device_read(const T *memory, size_t n)
-{
-    std::vector<T> host(n);
-    ok(cudaMemcpy(host.data(), memory, n * sizeof(T), cudaMemcpyDeviceToHost), "cudaMemcpy");
-    return host;
-}
-
-template <class T> void device_write(T *memory, const T *from, size_t n)
-{
-    ok(cudaMemcpy(memory, from, n * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
-}
 
 struct scene_options {
     uint32_t n_layers, n_kv_heads, n_group, k_width, v_width, io_dtype;

@@ -140,15 +140,19 @@ static void permute_run(struct winnow_work *work, uint32_t worker_idx)
     const struct winnow_model_shape *shape = &context->shape;
     const uint16_t *order = winnow_segment_order(item->segment, item->layer, item->head);
     struct span span = span_unpack(item, worker_idx);
+    float k[WINNOW_BLOCK_TOKENS * WINNOW_WIDTH_MAX], v[WINNOW_BLOCK_TOKENS * WINNOW_WIDTH_MAX];
     for (uint32_t b = 0; b < item->segment->n_blocks; b++) {
-        void *block =
-            winnow_context_block(context, item->layer, item->head, span_first(context) + b);
         for (uint32_t j = 0; j < WINNOW_BLOCK_TOKENS; j++) {
             size_t from = order[b * WINNOW_BLOCK_TOKENS + j];
             winnow_assert(from < context->segment_tokens);
-            item->kernels->block_pack(shape, j, 1, span.k + from * shape->k_width,
-                                      span.v + from * shape->v_width, block);
+            memcpy(k + j * shape->k_width, span.k + from * shape->k_width,
+                   shape->k_width * sizeof *k);
+            memcpy(v + j * shape->v_width, span.v + from * shape->v_width,
+                   shape->v_width * sizeof *v);
         }
+        item->kernels->block_pack(
+            shape, 0, WINNOW_BLOCK_TOKENS, k, v,
+            winnow_context_block(context, item->layer, item->head, span_first(context) + b));
     }
 }
 

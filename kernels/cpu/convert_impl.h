@@ -118,7 +118,7 @@ static void block_pack(const struct winnow_model_shape *shape, uint32_t first, u
     bool fragments = shape->block_layout == WINNOW_BLOCK_FRAGMENTS;
     uint16_t rows[ROWS_MAX];
     void *at = fragments ? rows : block;
-    if (fragments)
+    if (fragments && n < WINNOW_BLOCK_TOKENS)
         fragments_to_rows(shape, block, rows);
     if (shape->kv_dtype == WINNOW_FP16)
         block_pack_as(WINNOW_FP16, shape, first, n, k, v, at);

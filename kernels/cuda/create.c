@@ -22,10 +22,9 @@ static cudaError_t flight_create(struct winnow_gpu *gpu, struct winnow_gpu_fligh
 {
     const struct winnow_gpu_layout *layout = &gpu->layout;
     uint64_t n_items = gpu->options.n_items_max;
-    cudaError_t error = pinned_alloc(&flight->launch, sizeof *flight->launch);
+    cudaError_t error = pinned_alloc(
+        &flight->launch, winnow_gpu_layout_launch_bytes(layout, gpu->options.n_items_max));
 
-    if (error == cudaSuccess)
-        error = pinned_alloc(&flight->in, n_items * layout->in_bytes);
     if (error == cudaSuccess)
         error = pinned_alloc(&flight->out, n_items * layout->out_bytes);
     if (error == cudaSuccess)
@@ -215,7 +214,6 @@ int winnow_gpu_create(struct winnow_gpu_device *device, const struct winnow_gpu_
 static void flight_destroy(struct winnow_gpu_flight *flight)
 {
     cudaFreeHost(flight->launch);
-    cudaFreeHost(flight->in);
     cudaFreeHost(flight->out);
     cudaFreeHost(flight->disk_block);
     if (flight->event)

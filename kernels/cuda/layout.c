@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <kernels/cuda/index_pack.h>
 #include <kernels/cuda/layout.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -126,6 +127,17 @@ static void area_add(struct winnow_gpu_layout *layout, void *pointer, uint64_t n
     *of = plus(*of, n_bytes);
 }
 
+uint64_t winnow_gpu_layout_in_at(uint32_t n_items)
+{
+    return aligned(offsetof(struct winnow_gpu_launch, item) +
+                   n_items * sizeof(struct winnow_gpu_item));
+}
+
+uint64_t winnow_gpu_layout_launch_bytes(const struct winnow_gpu_layout *layout, uint32_t n_items)
+{
+    return plus(winnow_gpu_layout_in_at(n_items), times(n_items, layout->in_bytes));
+}
+
 static void resident_areas(struct winnow_gpu_layout *layout, const struct winnow_gpu_options *o)
 {
     struct winnow_gpu_view *view = &layout->view;
@@ -163,8 +175,7 @@ static void launch_areas(struct winnow_gpu_layout *layout, const struct winnow_g
                                n / WINNOW_GROUP_BLOCKS + n / WINNOW_GPU_CHUNK_BLOCKS);
     uint64_t partial_floats = view->n_group * (view->v_width + 2);
 
-    area_add(layout, &view->launch, sizeof *view->launch, of);
-    area_add(layout, &layout->in, times(o->n_items_max, layout->in_bytes), of);
+    area_add(layout, &view->launch, winnow_gpu_layout_launch_bytes(layout, o->n_items_max), of);
     area_add(layout, &view->q_fragment,
              times(n_units, winnow_gpu_q_fragment_words(view) * sizeof *view->q_fragment), of);
     area_add(layout, &view->unit, times(n_units, sizeof *view->unit), of);

@@ -25,7 +25,6 @@ struct winnow_gpu_layout {
     uint64_t n_bytes, n_blocks_max; /* blocks of a launch, all KV heads */
     /* A launch's q, k, v of one item, its out, lse and certificate: bytes, and where each lies. */
     uint64_t in_bytes, k_at, v_at, out_bytes, lse_at, certificate_at;
-    void *in; /* device memory for the q, k, v of n_items_max */
     struct winnow_gpu_area area[WINNOW_GPU_AREAS_MAX];
     uint32_t n_areas;
 };
@@ -35,6 +34,10 @@ int winnow_gpu_layout_init(struct winnow_gpu_layout *layout,
                            const struct winnow_gpu_options *options, char text[256]);
 /* Sets the view's pointers into memory [n_bytes], aligned to 256. */
 void winnow_gpu_layout_place(struct winnow_gpu_layout *layout, uint8_t *memory);
+
+/* What a launch copies up: the launch as far as it has items, then, from in_at on, their q, k, v. */
+uint64_t winnow_gpu_layout_in_at(uint32_t n_items);
+uint64_t winnow_gpu_layout_launch_bytes(const struct winnow_gpu_layout *layout, uint32_t n_items);
 
 /* The most partials that a KV head of an item may make. */
 uint32_t winnow_gpu_layout_partials(const struct winnow_gpu_view *view, uint32_t n_blocks);

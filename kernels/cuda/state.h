@@ -11,10 +11,10 @@ enum {
 
 /* Of one launch, until it was polled: pinned memory that the kernels read and write. */
 struct winnow_gpu_flight {
-    struct winnow_gpu_launch *launch;                  /* with addresses that the device sees */
+    struct winnow_gpu_launch *launch; /* with addresses that the device sees; q, k, v behind it */
     struct winnow_gpu_item item[WINNOW_GPU_ITEMS_MAX]; /* as given */
-    uint32_t n_items;
-    uint8_t *in, *out;    /* [n_items_max] of the layout's in_bytes, out_bytes */
+    uint32_t n_items, n_polls;
+    uint8_t *out;         /* [n_items_max] of the layout's out_bytes */
     uint32_t *disk_block; /* [n_blocks_max] */
     cudaEvent_t event;
 };

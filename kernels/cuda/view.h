@@ -91,7 +91,7 @@ struct winnow_gpu_unit {
     float key_threshold;   /* of the last selected (none: of the first): 8 nats below it is far */
     float key_quarter;     /* the last quarter of the selected, at least 4: key < this, known */
     float key_largest;     /* of the known; -inf: none is */
-    float ln_z[WINNOW_GQA_MAX];                        /* mass of sinks and tail */
+    float ln_z[WINNOW_GQA_MAX];    /* mass of sinks and tail */
     float largest[WINNOW_GQA_MAX]; /* of ln_z and the known ln_e; scan leaves the latter's rank */
     uint64_t z[WINNOW_GQA_MAX], total[WINNOW_GQA_MAX]; /* exp(ln_z), and with all ln_e */
     uint64_t quarter_m[WINNOW_GQA_MAX], quarter_e[WINNOW_GQA_MAX]; /* of the last quarter: rho */
@@ -115,19 +115,20 @@ struct winnow_gpu_queue {
 struct winnow_gpu_launch {
     uint32_t n_items, n_units, stamp;
     uint32_t n_blocks; /* of all units together */
-    struct winnow_gpu_item item[WINNOW_GPU_ITEMS_MAX];
     /* Of the item's head 0; head h: + h x n_blocks. Dense: item 0 at 0, each begins where the last
      * ended, so that a block number of the launch names its unit. */
     uint32_t block_first[WINNOW_GPU_ITEMS_MAX];
     uint32_t partial_first[WINNOW_GPU_ITEMS_MAX]; /* likewise, in partials; a head takes the same */
     uint32_t partials_of_head[WINNOW_GPU_ITEMS_MAX];
+    struct winnow_gpu_item item[WINNOW_GPU_ITEMS_MAX]; /* n_items of them are copied */
 };
 
 /* Bits of a float that is a number to a rank that orders as it does; 0 is below all. */
 #ifdef __CUDACC__
 __host__ __device__
 #endif
-static inline uint32_t winnow_gpu_rank(uint32_t bits)
+    static inline uint32_t
+    winnow_gpu_rank(uint32_t bits)
 {
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }

@@ -47,7 +47,7 @@ static void test_gpu_layout__areas_are_apart(void)
         next += layout.area[i].n_bytes;
     }
     CHECK_EQ(next - memory, layout.n_bytes);
-    CHECK(layout.view.partial && layout.view.index && layout.in);
+    CHECK(layout.view.partial && layout.view.index && layout.view.launch);
 }
 
 /* Partials have room for both rounds, however the blocks are split over the items. */

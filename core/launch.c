@@ -1,14 +1,18 @@
 // Launches: steps that wait go to the device together, and come back with an answer, with blocks to
 // read from disk, or not at all.
 #include <base/assert.h>
+#include <base/clock.h>
 #include <core/session.h>
 #include <errno.h>
 #include <string.h>
 
 enum {
     N_READS_MAX = 4, /* of a step: two rounds want some, another step may take one's place */
-    SPIN_POLLS = 64, /* of 1 to 2 us each: about the time of a small launch */
 };
+
+/* Awaits a launch's end here: the way through the loop and its queue costs 5 us each time around.
+ * Beyond it who connects or closes has waited long enough. */
+static const int64_t SPIN_NS = 500 * WINNOW_NS_PER_US;
 
 /* The step goes on without the device, from its beginning. */
 static void to_cpu(struct winnow_core *core, struct winnow_session *session)
@@ -241,9 +245,27 @@ bool winnow_device_poll(struct winnow_core *core)
     return any;
 }
 
+static int64_t clock_now(const struct winnow_core *core)
+{
+    return core->options.now ? core->options.now(core->options.now_arg) : winnow_clock_now_ns();
+}
+
+/* Every session of the device is in a launch, and the owner has no other work: nobody is kept. */
+static bool nobody_else(const struct winnow_core *core)
+{
+    const struct winnow_device *device = core->tiers.device;
+    uint32_t n_out = 0;
+    for (uint32_t i = 0; i < device->n_launches; i++)
+        n_out += device->launch[(device->launch_first + i) % WINNOW_N_LAUNCHES].n;
+    return n_out == device->n_sessions && core->n_items_out == 0 &&
+           winnow_pool_used(core->loads) == 0;
+}
+
 bool winnow_device_spin(struct winnow_core *core)
 {
-    for (int i = 0; i < SPIN_POLLS && winnow_device_busy(core->tiers.device); i++)
+    if (!winnow_device_busy(core->tiers.device) || !nobody_else(core))
+        return false;
+    for (int64_t end_ns = clock_now(core) + SPIN_NS; clock_now(core) <= end_ns;)
         if (winnow_device_poll(core))
             return true;
     return false;

@@ -188,9 +188,10 @@ inline void peer_streamed_put(const peer &p, const stream_pair &s, const uint8_t
     }
 }
 
-/* Of one layer, three times. arena: pinned; its bytes need not be the layer's. */
+/* Of one layer, five times. arena: pinned; its bytes need not be the layer's. */
 inline spread peer_streamed_time(const peer &p, const uint8_t *arena, size_t arena_bytes)
 {
+    constexpr int N_WARM = 2;
     stream_pair s = {};
     cudaEvent_t begin, end;
     std::vector<float> times;
@@ -201,14 +202,14 @@ inline spread peer_streamed_time(const peer &p, const uint8_t *arena, size_t are
     cudaEvent_t *events[] = {&begin, &end, &s.full[0], &s.full[1], &s.empty[0], &s.empty[1]};
     for (cudaEvent_t *event : events)
         ok(cudaEventCreate(event), "event");
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < N_WARM + 5; i++) {
         float ms;
         ok(cudaEventRecord(begin, s.copies), "event");
         peer_streamed_put(p, s, arena, arena_bytes);
         ok(cudaEventRecord(end, s.work), "event");
         ok(cudaDeviceSynchronize(), "streamed");
         ok(cudaEventElapsedTime(&ms, begin, end), "event");
-        if (i > 0)
+        if (i >= N_WARM)
             times.push_back(ms);
     }
     for (cudaEvent_t *event : events)

@@ -10,6 +10,7 @@ comment.
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 
 try:
@@ -141,6 +142,7 @@ def cell(tokens: int, batch: int) -> None:
 
 
 def main() -> None:
+    warnings.simplefilter("ignore")  # of backends that refuse a shape
     print(f"# PyTorch {torch.__version__}, {torch.cuda.get_device_name()}")
     for tokens, batch in QUICK if "--quick" in sys.argv[1:] else CELLS:
         cell(tokens, batch)

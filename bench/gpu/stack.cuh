@@ -188,7 +188,8 @@ inline void stack_launches_make(stack *s)
             *(__nv_bfloat16 *)&in[i] = __float2bfloat16_rn(normal(s->random));
         int64_t ticket = stack_decode(*s, l, in);
         layer->view = layout.view;
-        layer->launch = *s->gpu->flight[ticket % WINNOW_GPU_LAUNCHES_MAX].launch;
+        memcpy(&layer->launch, s->gpu->flight[ticket % WINNOW_GPU_LAUNCHES_MAX].launch,
+               offsetof(winnow_gpu_launch, item) + s->batch * sizeof(winnow_gpu_item));
         for (uint32_t i = 0; i < s->batch; i++) {
             winnow_gpu_item *item = &layer->launch.item[i];
             item->q = stack_in(*s, l, i);

@@ -455,7 +455,6 @@ bench bench_init(const setup &of)
         one.view.queue = device_alloc<winnow_gpu_queue>(2);
         size_t n = (size_t)b.n_units * b.n_blocks;
         one.view.ln_e = device_alloc<float>(n * G);
-        one.view.ln_m = device_alloc<float>(n * G);
         one.view.key = device_alloc<float>(n);
         fill_float<<<1024, 256>>>(one.view.ln_e, n * G, -6, 0, l);
         fill_float<<<1024, 256>>>(one.view.key, n, -3, 0, l + 10);

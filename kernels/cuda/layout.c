@@ -181,7 +181,6 @@ static void launch_areas(struct winnow_gpu_layout *layout, const struct winnow_g
     area_add(layout, &view->unit, times(n_units, sizeof *view->unit), of);
     area_add(layout, &view->queue, 2 * sizeof *view->queue, of);
     area_add(layout, &view->ln_e, times(n, view->n_group * sizeof *view->ln_e), of);
-    area_add(layout, &view->ln_m, times(n, view->n_group * sizeof *view->ln_m), of);
     area_add(layout, &view->key, times(n, sizeof *view->key), of);
     area_add(layout, &view->selected, n, of);
     area_add(layout, &view->listed, times(n, sizeof *view->listed), of);

@@ -164,7 +164,6 @@ struct winnow_gpu_view {
     float *key;                       /* [block] */
     uint8_t *selected;                /* [block]: 0, 1, 2 (second round) */
     struct winnow_gpu_listed *listed; /* [block] */
-    float *ln_m;                      /* [block][G]: of selected blocks, by block */
     struct winnow_gpu_fetch *fetch;
     struct winnow_gpu_work *ready, *waiting;
     float *partial; /* [partial][G][v_width + 2] */

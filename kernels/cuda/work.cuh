@@ -66,7 +66,7 @@ __device__ inline uint64_t fixed_of(float ln_x, float largest)
     return __float2ull_rn(expf(fminf(x, 6.0f)) * 0x1p40f); /* rho ends at 8: above e^6 is alike */
 }
 
-/* Writes ln_m of a block, and adds a block of the last quarter to what prices the rest. */
+/* Adds a block of the last quarter to what prices the rest. */
 template <class F>
 __device__ inline void block_verify(const winnow_gpu_view &view, winnow_gpu_unit *unit,
                                     uint32_t block, const float (&ln_m)[F::PER_LANE])
@@ -81,7 +81,6 @@ __device__ inline void block_verify(const winnow_gpu_view &view, winnow_gpu_unit
         uint32_t g = lane_head<F>(lane_id(), i);
         if (g >= view.n_group)
             continue;
-        view.ln_m[at * view.n_group + g] = ln_m[i];
         float ln_e = __ldg(view.ln_e + at * view.n_group + g);
         if (!is_quarter || !(ln_e < INFINITY))
             continue;

@@ -99,7 +99,6 @@ static void view_init(void)
     view->key = device_alloc(n_blocks * sizeof(float), 0xff);
     view->selected = device_alloc(n_blocks, 0xff);
     view->listed = device_alloc(n_blocks * sizeof *view->listed, 0xff);
-    view->ln_m = device_alloc(n_blocks * g * sizeof(float), 0xff);
     view->fetch = device_alloc(n_blocks * sizeof *view->fetch, 0xff);
     view->ready = device_alloc(n_blocks * sizeof *view->ready, 0xff);
     view->waiting = device_alloc(n_blocks * sizeof *view->waiting, 0xff);
@@ -133,7 +132,6 @@ static void view_finish(void)
                       view->key,
                       view->selected,
                       view->listed,
-                      view->ln_m,
                       view->fetch,
                       view->ready,
                       view->waiting,
@@ -370,7 +368,6 @@ static void launch(const struct places *places, uint32_t n_fetchers, uint64_t se
     CUDA(cudaMemset(view->slots + (size_t)N_SLOTS * view->block_bytes, 0xff,
                     (size_t)N_SLOTS * view->block_bytes));
     CUDA(cudaMemset(view->partial, 0xff, N_UNITS * PARTIALS * g * stride() * sizeof(float)));
-    CUDA(cudaMemset(view->ln_m, 0xff, N_UNITS * N_BLOCKS_MAX * g * sizeof(float)));
     for (uint32_t i = 0; i < N_ITEMS; i++) {
         CUDA(cudaMemset(scene.out[i] + GUARD, 0xa5, out_bytes()));
         CUDA(cudaMemset(scene.certificate[i], 0xff, sizeof **scene.certificate));

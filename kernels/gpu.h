@@ -24,6 +24,11 @@
  * bin of 1/64 nat, so it is the shortest such prefix that serves every query head: a superset of
  * ref's by the rest of one bin (0.5-0.65 % of the blocks, gpu_scan's measurement).
  *
+ * A **whole** item, mass 1, has no selection: all is attended, sinks and tail, then every sealed block
+ * in list order. It takes blocks from the slots they are in and the others from the host, and leaves
+ * the cache as it is: a whole read that went through it would sweep it. A launch's items are all whole
+ * or none is.
+ *
  * Thread: one owner a gpu; calls return at once but where "waits" is said. After a call returned
  * -EIO (a sticky error: the context is lost) every further call but destroy returns -EIO.
  */
@@ -69,8 +74,11 @@ struct winnow_gpu_certificate {
     uint32_t n_rounds; /* 1, or 2: some head was short and read more */
     float mass_reached, mass_mean;           /* least over query heads; mean */
     uint32_t n_blocks_device, n_blocks_host; /* selected, by where they were found */
-    uint32_t n_blocks_unfit; /* of those on the host, attended from there: no slot was free */
-    uint32_t n_blocks_disk;  /* selected, on disk: compensated; such an item has one round */
+    uint32_t n_blocks_unfit; /* of those on the host, attended from there: no slot was free, or the
+                                item is whole */
+    uint32_t n_blocks_disk;  /* selected, on disk: compensated; such an item has one round. Of a
+                                whole item: left out, and the mass is 0 */
+    uint32_t n_heads_spent;  /* KV heads whose selection is the budget */
 };
 
 /* One decode item. q, k, v are host memory of any kind, copied by decode; out, lse and certificate
@@ -80,8 +88,8 @@ struct winnow_gpu_item {
     uint32_t session, layer;
     uint32_t n_segments;   /* in force in this layer */
     uint64_t n_tokens;     /* held by this layer */
-    float mass;            /* 0 < P < 1 */
-    uint32_t n_blocks_max; /* budget a KV head; 0: none */
+    float mass;            /* 0 < P <= 1; 1: whole */
+    uint32_t n_blocks_max; /* budget a KV head; 0: none, as of a whole item */
     const void *q, *k, *v; /* io_dtype, as a winnow_request's attend */
     void *out;             /* [Hq][v_width] io_dtype; NaN when status is not 0 */
     float *lse;            /* [Hq], or NULL */
@@ -93,13 +101,13 @@ struct winnow_gpu_item {
     uint32_t *disk_block, n_disk_block_max;
 };
 
-static_assert(sizeof(struct winnow_gpu_certificate) == 32, "device and host agree on it");
+static_assert(sizeof(struct winnow_gpu_certificate) == 36, "device and host agree on it");
 
 struct winnow_gpu_home { /* of a block: (layer x n_kv_heads + head) x S/16 + its number */
     uint32_t segment_slot, block, home;
 };
 
-struct winnow_gpu_counters { /* since create, of one layer */
+struct winnow_gpu_counters { /* since create, of one layer; whole items are not counted */
     uint64_t n_hits, n_misses, n_evictions, n_unfit;
 };
 
@@ -143,8 +151,8 @@ struct winnow_gpu_api {
     int (*tail_put)(struct winnow_gpu *, uint32_t session, uint32_t layer, uint32_t n,
                     const uint32_t *block_number, const void *const *data);
 
-    /* Attends n items of any sessions and of one layer each (a session at most once). `items` is
-     * copied. A ticket > 0; -EINVAL (an argument out of range, nothing done), -EBUSY (two
+    /* Attends n items of any sessions and of one layer each (a session at most once), all whole or
+     * none. `items` is copied. A ticket > 0; -EINVAL (an argument out of range, nothing done), -EBUSY (two
      * launches are out), -EIO. */
     int64_t (*decode)(struct winnow_gpu *, uint32_t n_items, const struct winnow_gpu_item *items);
     /* 1: that launch and all before it are complete, their certificates are written. 0: not yet.
@@ -161,7 +169,7 @@ struct winnow_gpu_api {
  * a line in text: not there, or its contract is another version. The library stays loaded. */
 const struct winnow_gpu_api *winnow_gpu_load(const char *path, char text[256]);
 
-enum { WINNOW_GPU_API_VERSION = 1 };
+enum { WINNOW_GPU_API_VERSION = 2 };
 /* The symbol that winnow_cuda.so exports; NULL: it has another version. */
 const struct winnow_gpu_api *winnow_gpu_find(uint32_t version);
 

@@ -185,3 +185,24 @@ static __device__ winnow_gpu_resolved winnow_gpu_resolve(const winnow_gpu_view &
             return place_missing(view, unit.layer, block_id, unit.stamp, home, loc_at);
     }
 }
+
+/* The place of a block as it is now. Nothing is claimed and no stamp renewed: the answer holds while
+ * nobody resolves. */
+static __device__ inline uint32_t winnow_gpu_look(const winnow_gpu_view &view,
+                                                  const winnow_gpu_place &unit,
+                                                  uint32_t segment_slot, uint32_t block)
+{
+    uint32_t unit_idx = unit.layer * view.n_kv_heads + unit.head, i = block % view.span_blocks;
+    const uint8_t *index = winnow_gpu_unit_index(view, unit, segment_slot);
+    uint32_t block_id =
+        (segment_slot * view.n_layers * view.n_kv_heads + unit_idx) * view.span_blocks + i;
+    uint32_t home = ((const uint32_t *)(index + view.home_at))[i];
+    uint32_t at = ((const uint32_t *)(index + view.loc_at))[i];
+
+    if (at != 0 && (at - 1) / view.n_slots_layer == unit.layer) {
+        uint64_t word = view.slot_word[at - 1];
+        if (word >> 32 == block_id + UINT64_C(1) && !(word & WINNOW_GPU_FETCHING))
+            return at - 1;
+    }
+    return home == WINNOW_GPU_ON_DISK ? home : WINNOW_GPU_FROM_HOST | home;
+}

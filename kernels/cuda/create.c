@@ -1,6 +1,6 @@
 /*
- * A gpu, made and ended. All memory is taken here, and the stages are captured into a graph for
- * every power of two of items, so that a decode step allocates nothing and is one launch.
+ * A gpu, made and ended. All memory is taken here, and the stages are captured into graphs for every
+ * power of two of items, sparse and whole, so that a decode step allocates nothing and is one launch.
  *
  * Fresh device memory is filled with NaN: what reads bytes that nobody wrote is seen at once.
  */
@@ -91,23 +91,28 @@ static cudaError_t memory_clear(struct winnow_gpu *gpu)
     return error;
 }
 
-static cudaError_t stages_put(const struct winnow_gpu *gpu, const struct winnow_gpu_grid *grid)
+typedef cudaError_t stage(const struct winnow_gpu_view *, const struct winnow_gpu_grid *,
+                          cudaStream_t);
+
+static cudaError_t stages_put(const struct winnow_gpu *gpu, const struct winnow_gpu_grid *grid,
+                              bool is_whole)
 {
-    static cudaError_t (*const stage[])(const struct winnow_gpu_view *,
-                                        const struct winnow_gpu_grid *, cudaStream_t) = {
-        winnow_gpu_stage_begin,  winnow_gpu_stage_tail,   winnow_gpu_stage_scan,
-        winnow_gpu_stage_select, winnow_gpu_stage_attend, winnow_gpu_stage_more,
+    static stage *const stages[WINNOW_GPU_KINDS][6] = {
+        {winnow_gpu_stage_begin, winnow_gpu_stage_tail, winnow_gpu_stage_scan,
+         winnow_gpu_stage_select, winnow_gpu_stage_attend, winnow_gpu_stage_more},
+        {winnow_gpu_stage_begin, winnow_gpu_stage_tail, winnow_gpu_stage_whole,
+         winnow_gpu_stage_attend},
     };
     cudaError_t error = cudaSuccess;
 
-    for (size_t i = 0; i < sizeof stage / sizeof stage[0] && error == cudaSuccess; i++)
-        error = stage[i](&gpu->layout.view, grid, gpu->stream);
+    for (int i = 0; i < 6 && stages[is_whole][i] && error == cudaSuccess; i++)
+        error = stages[is_whole][i](&gpu->layout.view, grid, gpu->stream);
     if (error == cudaSuccess)
         error = winnow_gpu_done_write(&gpu->layout.view, gpu->done, gpu->stream);
     return error;
 }
 
-static cudaError_t graph_create(struct winnow_gpu *gpu, int bucket)
+static cudaError_t graph_create(struct winnow_gpu *gpu, bool is_whole, int bucket)
 {
     struct winnow_gpu_grid grid = {
         .n_units_max = gpu->layout.view.n_kv_heads << bucket,
@@ -119,14 +124,14 @@ static cudaError_t graph_create(struct winnow_gpu *gpu, int bucket)
 
     if (error != cudaSuccess)
         return error;
-    error = stages_put(gpu, &grid);
+    error = stages_put(gpu, &grid, is_whole);
     cudaError_t error_of_end = cudaStreamEndCapture(gpu->stream, &graph);
     if (error == cudaSuccess)
         error = error_of_end;
     if (error == cudaSuccess)
-        error = cudaGraphInstantiate(&gpu->graph[bucket], graph, 0);
+        error = cudaGraphInstantiate(&gpu->graph[is_whole][bucket], graph, 0);
     if (error == cudaSuccess)
-        error = cudaGraphUpload(gpu->graph[bucket], gpu->stream);
+        error = cudaGraphUpload(gpu->graph[is_whole][bucket], gpu->stream);
     if (graph)
         cudaGraphDestroy(graph);
     return error;
@@ -138,7 +143,9 @@ static cudaError_t graphs_create(struct winnow_gpu *gpu)
     uint32_t n_items = 1;
 
     for (int bucket = 0; error == cudaSuccess; bucket++, n_items *= 2) {
-        error = graph_create(gpu, bucket);
+        error = graph_create(gpu, false, bucket);
+        if (error == cudaSuccess)
+            error = graph_create(gpu, true, bucket);
         if (n_items >= gpu->options.n_items_max)
             break;
     }
@@ -227,9 +234,9 @@ void winnow_gpu_destroy(struct winnow_gpu *gpu)
     cudaSetDevice(gpu->device->ordinal);
     if (gpu->stream)
         cudaStreamSynchronize(gpu->stream);
-    for (int i = 0; i < WINNOW_GPU_BUCKETS; i++)
-        if (gpu->graph[i])
-            cudaGraphExecDestroy(gpu->graph[i]);
+    for (int i = 0; i < WINNOW_GPU_KINDS * WINNOW_GPU_BUCKETS; i++)
+        if (gpu->graph[i / WINNOW_GPU_BUCKETS][i % WINNOW_GPU_BUCKETS])
+            cudaGraphExecDestroy(gpu->graph[i / WINNOW_GPU_BUCKETS][i % WINNOW_GPU_BUCKETS]);
     for (int i = 0; i < WINNOW_GPU_LAUNCHES_MAX; i++)
         flight_destroy(&gpu->flight[i]);
     for (int i = 0; i < 2; i++) {

@@ -289,6 +289,9 @@ __device__ inline void item_finish(const winnow_gpu_view &view, uint32_t item_id
             c.n_blocks_host += __ldcg(&unit->n_host);
             c.n_blocks_unfit += __ldcg(&unit->n_unfit);
             c.n_blocks_disk += __ldcg(&unit->n_disk);
+            c.n_heads_spent +=
+                item.n_blocks_max &&
+                __ldcg(&unit->n_selected) + __ldcg(&unit->n_more) >= item.n_blocks_max;
         }
         for (int offset = 1; offset < 32; offset *= 2) {
             c.status = max(c.status, __shfl_xor_sync(~0u, c.status, offset));
@@ -299,6 +302,7 @@ __device__ inline void item_finish(const winnow_gpu_view &view, uint32_t item_id
             c.n_blocks_host += __shfl_xor_sync(~0u, c.n_blocks_host, offset);
             c.n_blocks_unfit += __shfl_xor_sync(~0u, c.n_blocks_unfit, offset);
             c.n_blocks_disk += __shfl_xor_sync(~0u, c.n_blocks_disk, offset);
+            c.n_heads_spent += __shfl_xor_sync(~0u, c.n_heads_spent, offset);
         }
         c.mass_mean /= (float)view.n_q_heads;
         if (lane == 0) {

@@ -27,14 +27,14 @@ static bool item_is_valid(const struct winnow_gpu *gpu, const struct winnow_gpu_
         return false;
     if (item->n_tokens > options->n_sinks + n_sealed + n_ring)
         return false;
-    if (!(item->mass > 0 && item->mass < 1))
+    if (!(item->mass > 0 && item->mass <= 1) || (item->mass == 1 && item->n_blocks_max > 0))
         return false;
     if (!item->q || !item->out || !item->certificate || !item->k != !item->v)
         return false;
     return item->n_tokens > 0 || !item->k;
 }
 
-/* A session at most once, and room for all lists. */
+/* A session at most once, all whole or none, and room for all lists. */
 static bool items_are_valid(const struct winnow_gpu *gpu, uint32_t n_items,
                             const struct winnow_gpu_item *items)
 {
@@ -43,7 +43,7 @@ static bool items_are_valid(const struct winnow_gpu *gpu, uint32_t n_items,
     if (n_items == 0 || n_items > gpu->options.n_items_max)
         return false;
     for (uint32_t i = 0; i < n_items; i++) {
-        if (!item_is_valid(gpu, &items[i]))
+        if (!item_is_valid(gpu, &items[i]) || (items[i].mass == 1) != (items[0].mass == 1))
             return false;
         for (uint32_t j = 0; j < i; j++)
             if (items[j].session == items[i].session)
@@ -118,13 +118,14 @@ static int bucket_of(uint32_t n_items)
 
 static cudaError_t launch_put(struct winnow_gpu *gpu, const struct winnow_gpu_flight *flight)
 {
+    cudaGraphExec_t graph = gpu->graph[flight->item[0].mass == 1][bucket_of(flight->n_items)];
     cudaError_t error =
         cudaMemcpyAsync(gpu->layout.view.launch, flight->launch,
                         winnow_gpu_layout_launch_bytes(&gpu->layout, flight->n_items),
                         cudaMemcpyHostToDevice, gpu->stream);
 
     if (error == cudaSuccess)
-        error = cudaGraphLaunch(gpu->graph[bucket_of(flight->n_items)], gpu->stream);
+        error = cudaGraphLaunch(graph, gpu->stream);
     if (error == cudaSuccess)
         error = cudaEventRecord(flight->event, gpu->stream);
     return error;

@@ -27,6 +27,8 @@ cudaError_t winnow_gpu_stage_scan(const struct winnow_gpu_view *, const struct w
                                   cudaStream_t);
 cudaError_t winnow_gpu_stage_select(const struct winnow_gpu_view *, const struct winnow_gpu_grid *,
                                     cudaStream_t);
+cudaError_t winnow_gpu_stage_whole(const struct winnow_gpu_view *, const struct winnow_gpu_grid *,
+                                   cudaStream_t);
 cudaError_t winnow_gpu_stage_attend(const struct winnow_gpu_view *, const struct winnow_gpu_grid *,
                                     cudaStream_t);
 cudaError_t winnow_gpu_stage_more(const struct winnow_gpu_view *, const struct winnow_gpu_grid *,

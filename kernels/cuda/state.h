@@ -7,6 +7,7 @@
 enum {
     WINNOW_GPU_LAUNCHES_MAX = 2, /* out at once */
     WINNOW_GPU_BUCKETS = 9,      /* of 1, 2, 4 .. 256 items */
+    WINNOW_GPU_KINDS = 2,        /* of launches: sparse, whole */
 };
 
 /* Of one launch, until it was polled: pinned memory that the kernels read and write. */
@@ -31,7 +32,7 @@ struct winnow_gpu {
     struct winnow_gpu_layout layout;
     uint8_t *memory; /* the device's */
     cudaStream_t stream;
-    cudaGraphExec_t graph[WINNOW_GPU_BUCKETS];
+    cudaGraphExec_t graph[WINNOW_GPU_KINDS][WINNOW_GPU_BUCKETS];
     struct winnow_gpu_flight flight[WINNOW_GPU_LAUNCHES_MAX];
     volatile uint32_t *done;     /* pinned: stamp of the last complete launch */
     int64_t n_launched, n_taken; /* tickets given out; launches whose results were copied out */

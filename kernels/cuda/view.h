@@ -14,6 +14,9 @@
  *           last of a unit joins its partials in order, verifies, writes out (unless short)
  *   more    units short of P: the second round, read, attended, joined again, written
  *
+ * A launch of whole items (mass 1) has `whole` in the place of scan and select, and no more:
+ *   whole   every block listed in order, resolved without a change to the cache; groups queued
+ *
  * Partials of a unit stand in one order, which is the order of joining:
  *   tail groups (8 blocks: sinks, then tail by position), groups of 8 selected in list order,
  *   chunks of 512 unselected blocks compensated
@@ -81,13 +84,13 @@ struct winnow_gpu_unit {
     uint32_t block_first;   /* of its ln_e, key, selected, listed: view arrays at this block */
     uint32_t partial_first; /* of its partials */
     uint32_t n_tail_groups, n_groups, n_groups_more;
-    uint32_t n_chunks;           /* set by begin, 1 at least; select queues them all */
+    uint32_t n_chunks; /* set by begin, 1 at least; select queues them all. Whole: 1 if no block */
     uint32_t n_selected, n_more; /* of listed: the first round's, then the second's */
     uint32_t n_device, n_host, n_unfit, n_disk;
     uint32_t n_done;       /* partials of this round finished: the last joins */
     uint32_t n_heads_done; /* of the item's head 0: the last head writes the certificate */
     uint32_t is_short;     /* set by attend: `more` has work */
-    uint32_t has_unknown;  /* an unselected block of unknown estimate: the certificate is 0 */
+    uint32_t has_unknown;  /* an unread block of unknown estimate: the certificate is 0 */
     float key_threshold;   /* of the last selected (none: of the first): 8 nats below it is far */
     float key_quarter;     /* the last quarter of the selected, at least 4: key < this, known */
     float key_largest;     /* of the known; -inf: none is */

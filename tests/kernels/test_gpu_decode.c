@@ -1,5 +1,6 @@
 /*
- * The decode path of the GPU through its contract, against ref/ and against itself.
+ * The decode path of the GPU through its contract, against ref/ and against itself: sparse items;
+ * test_gpu_whole.c has the others.
  *
  * Tolerances. A logit of the device differs from ref's by at most 2^-16 (bf16; fp16 2^-20) of the
  * largest sum of |q_i k_i|, a query being taken to two 16-bit halves; weights are rounded to the
@@ -637,6 +638,7 @@ static void test_gpu_decode__budget_holds(void)
     item.item.n_blocks_max = 7;
     scene_decode(&scene, gpu, 1, &item);
     CHECK_EQ(item.certificate.n_blocks_device + item.certificate.n_blocks_host, 14);
+    CHECK_EQ(item.certificate.n_heads_spent, 2);
     CHECK(item.certificate.mass_reached < 0.999f);
     scene_item_finish(&scene, &item);
     api->destroy(gpu);
@@ -670,7 +672,7 @@ static void test_gpu_decode__refuses_arguments(void)
         }
         i == 3 ? (void)(bad->n_tokens += 16 * 48) : (void)0;
         i == 4 ? (void)(bad->n_tokens = 100) : (void)0;
-        i == 5 ? (void)(bad->mass = 1) : (void)0;
+        i == 5 ? (void)(bad->mass = 1.5f) : (void)0;
         i == 6 ? (void)(bad->mass = NAN) : (void)0;
         i == 7 ? (void)(bad->q = NULL) : (void)0;
         i == 8 ? (void)(bad->k = item.k) : (void)0;

@@ -1,0 +1,403 @@
+/*
+ * Whole items, mass 1, through the GPU's contract: everything attended, against ref/ within 4 eps of
+ * the storage type times sum p|v| (out) and 1e-4 + 1e-6 of the largest logit (lse), and against
+ * themselves to the bit, whatever the cache holds; which they leave as they found it.
+ */
+#include "gpu_scene.h"
+
+static struct winnow_gpu_device *device;
+static struct scene scene;
+
+#define SHAPE(n_layers, n_q, n_kv, k_width, v_width, kv_dtype, io_dtype)                           \
+    {                                                                                              \
+        n_layers, n_q, n_kv, k_width, v_width, 1, kv_dtype, io_dtype, WINNOW_BLOCK_FRAGMENTS       \
+    }
+
+static void scene_open(const struct scene_options *options)
+{
+    char text[256] = "";
+
+    scene_init(&scene, options);
+    if (api->open(0, UINT64_C(3) << 30, scene.arena, scene.arena_bytes, &device, text) < 0)
+        test_fail(__FILE__, __LINE__, text);
+}
+
+static void scene_close(void)
+{
+    api->close(device);
+    scene_finish(&scene);
+}
+
+static uint32_t n_sealed_of(uint32_t session)
+{
+    return scene.of.n_segments[session] * scene.span * scene.of.shape.n_kv_heads;
+}
+
+static void certificate_check(const struct scene_item *item)
+{
+    const struct winnow_gpu_certificate *c = &item->certificate;
+
+    CHECK_EQ(c->status, 0);
+    CHECK_EQ(c->n_rounds, 1);
+    CHECK(c->mass_reached == 1 && c->mass_mean == 1);
+    CHECK_EQ(c->n_blocks_device + c->n_blocks_host, n_sealed_of(item->item.session));
+    CHECK_EQ(c->n_blocks_unfit, c->n_blocks_host);
+    CHECK_EQ(c->n_blocks_disk, 0);
+    CHECK_EQ(c->n_heads_spent, 0);
+}
+
+/* What ref/ makes of one KV head's n tokens: out [G][v_width], lse [G]. */
+static void ref_attend(const struct scene_head *head, const float *q, uint64_t n, float *out,
+                       float *lse)
+{
+    static float acc[WINNOW_GQA_MAX * (WINNOW_WIDTH_MAX + 2)], partial[sizeof acc / sizeof *acc];
+    uint32_t stride = scene.of.shape.v_width + 2;
+    void *block = case_alloc(scene.block_bytes);
+    const void *blocks[] = {block};
+
+    memset(acc, 0, sizeof acc);
+    for (uint32_t g = 0; g < scene.n_group; g++)
+        acc[g * stride] = -INFINITY;
+    for (uint64_t at = 0; at < n; at += 16) {
+        uint32_t n_tokens = n - at < 16 ? (uint32_t)(n - at) : 16;
+        scene_block(&scene, head, at, n_tokens, NULL, block);
+        scene.ref->attend_partial(&scene.head_shape, q, 1, blocks, &n_tokens, partial, NULL);
+        scene.ref->merge(&scene.head_shape, 1, partial, acc);
+    }
+    scene.ref->finish(&scene.head_shape, acc, out, lse);
+    winnow_alloc_free(block);
+}
+
+/* Of one query head in fp64: the largest |logit|, and sum p|v| [v_width]. */
+static double weigh(const struct scene_head *head, const float *q, uint64_t n, double *weight)
+{
+    uint32_t k_width = scene.of.shape.k_width, v_width = scene.of.shape.v_width;
+    double *s = case_alloc(n * sizeof *s), largest = 0, highest = -INFINITY, sum = 0;
+
+    for (uint64_t t = 0; t < n; t++) {
+        s[t] = 0;
+        for (uint32_t d = 0; d < k_width; d++)
+            s[t] += (double)q[d] * (double)head->data.k[t * k_width + d];
+        s[t] *= (double)scene.head_shape.softmax_scale;
+        largest = fmax(largest, fabs(s[t]));
+        highest = fmax(highest, s[t]);
+    }
+    memset(weight, 0, v_width * sizeof *weight);
+    for (uint64_t t = 0; t < n; t++) {
+        double p = exp(s[t] - highest);
+        sum += p;
+        for (uint32_t d = 0; d < v_width; d++)
+            weight[d] += p * fabs((double)head->data.v[t * v_width + d]);
+    }
+    for (uint32_t d = 0; d < v_width; d++)
+        weight[d] /= sum;
+    winnow_alloc_free(s);
+    return largest;
+}
+
+/* Of all that was checked, the largest error over its tolerance. */
+static double out_error, lse_error;
+
+static void error_take(double *largest, double a, double b, double tolerance, const char *what)
+{
+    double error = a == b ? 0 : fabs(a - b) / tolerance;
+
+    if (!(error <= 1))
+        fprintf(stderr, "%s, width %u, %u, G %u: %s is %.9g, ref has %.9g (+-%.3g)\n",
+                scene.of.trace ? "trace" : kernel_input_name[scene.of.input],
+                scene.of.shape.k_width, scene.of.shape.v_width, scene.n_group, what, a, b,
+                tolerance);
+    CHECK(error <= 1);
+    *largest = fmax(*largest, error);
+}
+
+static void item_check(const struct scene_item *item, uint32_t query)
+{
+    const struct winnow_model_shape *shape = &scene.of.shape;
+    uint32_t session = item->item.session, v_width = shape->v_width, G = scene.n_group;
+    uint64_t n = scene_n_tokens(&scene, session);
+    double eps = shape->kv_dtype == WINNOW_BF16 ? 0x1p-8 : 0x1p-11, weight[WINNOW_WIDTH_MAX];
+    double io_eps = shape->io_dtype == WINNOW_FP32   ? 0
+                    : shape->io_dtype == WINNOW_FP16 ? 0x1p-11
+                                                     : 0x1p-8;
+    float *out = case_alloc(G * v_width * sizeof *out), lse[WINNOW_GQA_MAX];
+
+    certificate_check(item);
+    for (uint32_t h = 0; h < shape->n_kv_heads; h++) {
+        const struct scene_head *head = scene_head(&scene, session, item->item.layer, h);
+        const float *q = head->data.q + (size_t)query * G * shape->k_width;
+        ref_attend(head, q, n, out, lse);
+        for (uint32_t g = 0; g < G; g++) {
+            double largest = weigh(head, q + g * shape->k_width, n, weight);
+            error_take(&lse_error, (double)item->lse[h * G + g], (double)lse[g],
+                       1e-4 + 1e-6 * largest, "lse");
+            for (uint32_t d = 0; d < v_width; d++)
+                error_take(&out_error, (double)item->wide[(h * G + g) * v_width + d],
+                           (double)out[g * v_width + d],
+                           4 * eps * weight[d] + io_eps * fabs((double)out[g * v_width + d]) +
+                               0x1p-24,
+                           "out");
+        }
+    }
+    winnow_alloc_free(out);
+}
+
+/* Every session at once, each layer, from a cold cache and from one that sparse steps have filled. */
+static void scene_check(struct winnow_gpu *gpu)
+{
+    struct scene_item items[SCENE_SESSIONS_MAX];
+
+    for (uint32_t layer = 0; layer < scene.of.shape.n_layers; layer++)
+        for (uint32_t query = 0; query < 2; query++) {
+            for (uint32_t i = 0; i <= query; i++) {
+                for (uint32_t s = 0; s < scene.of.n_sessions; s++)
+                    scene_item_init(&scene, &items[s], s, layer, query, i < query ? 0.8f : 1);
+                scene_decode(&scene, gpu, scene.of.n_sessions, items);
+                for (uint32_t s = 0; s < scene.of.n_sessions; s++) {
+                    if (i == query)
+                        item_check(&items[s], query);
+                    scene_item_finish(&scene, &items[s]);
+                }
+            }
+        }
+}
+
+/* Every width, ratio and type, for contexts without a token beyond the new one, without a segment,
+ * with a few, and with a tail that ends anywhere. */
+static void test_gpu_whole__as_ref(void)
+{
+    static const struct winnow_model_shape shapes[] = {
+        SHAPE(1, 4, 1, 128, 128, WINNOW_BF16, WINNOW_FP32),
+        SHAPE(1, 6, 2, 64, 64, WINNOW_FP16, WINNOW_FP32),
+        SHAPE(2, 1, 1, 256, 256, WINNOW_BF16, WINNOW_BF16),
+        SHAPE(1, 16, 1, 96, 64, WINNOW_FP16, WINNOW_FP16),
+        SHAPE(1, 7, 1, 192, 128, WINNOW_FP16, WINNOW_FP32),
+        SHAPE(1, 8, 1, 80, 112, WINNOW_BF16, WINNOW_FP32),
+        SHAPE(1, 5, 1, 16, 16, WINNOW_FP16, WINNOW_FP32),
+    };
+    static const enum kernel_input other[] = {INPUT_EQUAL, INPUT_STEPS, INPUT_TINY};
+
+    out_error = lse_error = 0;
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++)
+        for (int is_random = 0; is_random < 2; is_random++) {
+            struct scene_options options = {
+                .shape = shapes[i],
+                .segment_tokens = 128,
+                .n_sinks = i % 2 ? 16 : 64,
+                .n_sessions = 5,
+                .n_segments = {0, 1, 4, 19, 0},
+                .n_tail = {1, 40, 128, 639, 300},
+                .input = is_random ? INPUT_RANDOM : other[(test_seed() + i) % 3],
+                .seed = test_seed() + 100 * i,
+            };
+            if (scene_is_small() && (!is_random || i > 2))
+                continue;
+            scene_open(&options);
+            struct winnow_gpu *gpu =
+                scene_put(&scene, device, &(struct scene_gpu_options){.n_slots = 512});
+            scene_check(gpu);
+            api->destroy(gpu);
+            scene_close();
+        }
+    printf("   largest error over its tolerance: out %.3f, lse %.3f\n", out_error, lse_error);
+}
+
+/* Real keys, values and queries: segments of 1,024 tokens, a tail of 1,008. */
+static void test_gpu_whole__traces_as_ref(void)
+{
+    struct winnow_trace_list list;
+    struct winnow_trace trace[8];
+    struct scene_options options = {
+        .shape = SHAPE(0, 3, 1, 64, 64, WINNOW_FP16, WINNOW_FP32),
+        .segment_tokens = 1024,
+        .n_sinks = 16,
+        .n_sessions = 1,
+        .n_segments = {7},
+        .n_tail = {1008},
+        .trace = trace,
+    };
+
+    out_error = lse_error = 0;
+    CHECK_EQ(winnow_trace_list_open("tests/golden/traces", &list), 0);
+    for (uint32_t i = 0; i < list.n_paths && i < 8; i++, options.shape.n_layers++)
+        CHECK_EQ(winnow_trace_open(list.path[i], &trace[i]), 0);
+    scene_open(&options);
+    struct winnow_gpu *gpu = scene_put(&scene, device, &(struct scene_gpu_options){.n_slots = 96});
+    scene_check(gpu);
+    api->destroy(gpu);
+    scene_close();
+    for (uint32_t i = 0; i < options.shape.n_layers; i++)
+        winnow_trace_close(&trace[i]);
+    winnow_trace_list_close(&list);
+    printf("   largest error over its tolerance: out %.3f, lse %.3f\n", out_error, lse_error);
+}
+
+static const struct scene_options crowd = {
+    .shape = SHAPE(2, 8, 2, 128, 64, WINNOW_BF16, WINNOW_FP16),
+    .segment_tokens = 128,
+    .n_sinks = 16,
+    .n_sessions = 16,
+    .n_segments = {9, 0, 1, 2, 3, 4, 5, 6, 30, 1, 2, 3, 0, 5, 6, 7},
+    .n_tail = {5, 16, 100, 1, 7, 9, 33, 80, 640, 3, 17, 18, 19, 20, 21, 22},
+    .seed = 17,
+};
+
+/* Same bits from a cache of any size and content, alone or in a batch, with any number of fetching
+ * thread blocks, in any run; and the counters of the cache stand still. */
+static void test_gpu_whole__same_bits(void)
+{
+    static const struct scene_gpu_options of_gpu[] = {
+        {.n_slots = 4096, .n_fetchers = 32}, {.n_slots = 0}, {.n_slots = 64, .n_fetchers = 2}};
+    static struct scene_item first[SCENE_SESSIONS_MAX], items[SCENE_SESSIONS_MAX];
+    struct winnow_gpu_counters before, after;
+
+    scene_open(&crowd);
+    for (size_t i = 0; i < sizeof of_gpu / sizeof of_gpu[0]; i++) {
+        struct winnow_gpu *gpu = scene_put(&scene, device, &of_gpu[i]);
+        for (uint32_t run = 0; run < (scene_is_small() ? 3 : 12); run++) {
+            uint32_t step = run % 3 == 0 ? 16 : run % 3 == 1 ? 5 : 1, n_device = 0;
+            struct scene_item *now = i == 0 && run == 0 ? first : items;
+            for (uint32_t s = 0; s < 16; s++) /* run 0 finds an empty cache */
+                scene_item_init(&scene, &items[s], s, 1, run % 4, 0.9f);
+            if (run > 0)
+                scene_decode(&scene, gpu, 16, items);
+            for (uint32_t s = 0; s < 16; s++)
+                scene_item_finish(&scene, &items[s]);
+            for (uint32_t s = 0; s < 16; s++)
+                scene_item_init(&scene, &now[s], s, 1, 0, 1);
+            CHECK_EQ(api->counters(gpu, 1, &before), 0);
+            for (uint32_t s = 0; s < 16; s += step)
+                scene_decode(&scene, gpu, 16 - s < step ? 16 - s : step, now + s);
+            CHECK_EQ(api->counters(gpu, 1, &after), 0);
+            CHECK(!memcmp(&before, &after, sizeof before));
+            for (uint32_t s = 0; s < 16; s++) {
+                certificate_check(&now[s]);
+                n_device += now[s].certificate.n_blocks_device;
+                if (now == first)
+                    continue;
+                scene_same(&scene, &first[s], &items[s]);
+                scene_item_finish(&scene, &items[s]);
+            }
+            CHECK_EQ(n_device > 0, run > 0 && of_gpu[i].n_slots > 0);
+        }
+        api->destroy(gpu);
+    }
+    for (uint32_t s = 0; s < 16; s++)
+        scene_item_finish(&scene, &first[s]);
+    scene_close();
+}
+
+/* A sparse step finds what the one before brought in, and no more, with whole reads between them. */
+static void test_gpu_whole__leaves_the_cache(void)
+{
+    static struct scene_item sparse, whole;
+    struct scene_options options = crowd;
+    struct winnow_gpu_counters counters;
+
+    options.n_sessions = 1;
+    options.n_segments[0] = 30;
+    scene_open(&options);
+    struct winnow_gpu *gpu =
+        scene_put(&scene, device, &(struct scene_gpu_options){.n_slots = 1024});
+    for (int i = 0; i < 3; i++) {
+        scene_item_init(&scene, &sparse, 0, 0, 0, 0.99f);
+        sparse.item.n_blocks_max = 16;
+        scene_decode(&scene, gpu, 1, &sparse);
+        CHECK_EQ(i > 0 ? sparse.certificate.n_blocks_device : sparse.certificate.n_blocks_host, 32);
+        scene_item_finish(&scene, &sparse);
+        scene_item_init(&scene, &whole, 0, 0, 0, 1);
+        scene_decode(&scene, gpu, 1, &whole);
+        certificate_check(&whole);
+        CHECK_EQ(whole.certificate.n_blocks_device, 32);
+        scene_item_finish(&scene, &whole);
+    }
+    CHECK_EQ(api->counters(gpu, 0, &counters), 0);
+    CHECK_EQ(counters.n_hits, 64);
+    CHECK_EQ(counters.n_misses, 32);
+    api->destroy(gpu);
+    scene_close();
+}
+
+/* What is on disk is left out, the certificate is 0, and all that is in no slot is named; with homes
+ * set the bits are those of a gpu that had all. */
+static void test_gpu_whole__disk_blocks_are_named(void)
+{
+    struct scene_options options = crowd;
+    static struct scene_item all, item;
+    uint32_t n_disk = 0;
+
+    options.n_sessions = 1;
+    scene_open(&options);
+    struct winnow_gpu *a = scene_put(&scene, device, &(struct scene_gpu_options){.n_slots = 64});
+    struct winnow_gpu *b =
+        scene_put(&scene, device, &(struct scene_gpu_options){.n_slots = 64, .disk_every = 5});
+    scene_item_init(&scene, &all, 0, 1, 3, 1);
+    scene_decode(&scene, a, 1, &all);
+    certificate_check(&all);
+    for (uint32_t k = 0; k < scene.of.n_segments[0]; k++)
+        for (uint32_t at = 0; at < 2 * scene.span; at++)
+            n_disk += at % 5 == 0;
+    for (int i = 0; i < 2; i++) {
+        uint32_t n_blocks = scene.of.n_segments[0] * scene.span, n_listed = 0;
+        scene_item_init(&scene, &item, 0, 1, 3, 1);
+        scene_decode(&scene, b, 1, &item);
+        CHECK_EQ(item.certificate.status, 0);
+        CHECK_EQ(item.certificate.n_blocks_disk, i == 0 ? n_disk : 0);
+        CHECK(item.certificate.mass_reached == (float)i);
+        if (i == 0)
+            n_listed = n_disk + item.certificate.n_blocks_unfit;
+        CHECK_EQ(n_listed, i == 0 ? 2 * n_blocks : 0);
+        for (uint32_t j = 0; j < n_listed; j++) {
+            CHECK_EQ(item.disk_block[j], j);
+            uint32_t head = j / n_blocks, segment = j % n_blocks / scene.span;
+            struct winnow_gpu_home home = {
+                scene_slot(&scene, 0, segment), (2 + head) * scene.span + j % scene.span,
+                scene_head(&scene, 0, 1, head)->segment[segment].home[j % scene.span]};
+            CHECK_EQ(api->homes_set(b, 1, &home), 0);
+        }
+        if (i == 1)
+            scene_same(&scene, &all, &item);
+        scene_item_finish(&scene, &item);
+    }
+    scene_item_finish(&scene, &all);
+    api->destroy(a);
+    api->destroy(b);
+    scene_close();
+}
+
+/* A launch is whole or sparse, and a whole item has no budget. */
+static void test_gpu_whole__refuses_a_mixture(void)
+{
+    struct scene_options options = crowd;
+    static struct scene_item items[2];
+
+    options.n_sessions = 2;
+    scene_open(&options);
+    struct winnow_gpu *gpu = scene_put(&scene, device, &(struct scene_gpu_options){.n_slots = 64});
+    for (uint32_t first = 0; first < 2; first++) {
+        struct winnow_gpu_item list[2];
+        for (uint32_t s = 0; s < 2; s++) {
+            scene_item_init(&scene, &items[s], s, 0, 0, s == first ? 1 : 0.9f);
+            list[s] = items[s].item;
+        }
+        CHECK_EQ(api->decode(gpu, 2, list), -EINVAL);
+        list[first].n_blocks_max = 3;
+        CHECK_EQ(api->decode(gpu, 1, &list[first]), -EINVAL);
+        for (uint32_t s = 0; s < 2; s++)
+            scene_item_finish(&scene, &items[s]);
+    }
+    api->destroy(gpu);
+    scene_close();
+}
+
+int main(int argc, char **argv)
+{
+    scene_api_init(argc, argv);
+    TEST_RUN(test_gpu_whole__refuses_a_mixture);
+    TEST_RUN(test_gpu_whole__leaves_the_cache);
+    TEST_RUN(test_gpu_whole__disk_blocks_are_named);
+    TEST_RUN(test_gpu_whole__same_bits);
+    TEST_RUN(test_gpu_whole__as_ref);
+    TEST_RUN(test_gpu_whole__traces_as_ref);
+    return TEST_END();
+}

@@ -33,6 +33,8 @@ static bool any_sparse(const struct winnow_session *session)
 static bool budget_ended(const struct winnow_session *session)
 {
     const struct winnow_run *run = session->op.run;
+    if (session->op.by_device)
+        return session->op.budget_spent;
     for (uint32_t head = 0; head < session->context->shape.n_kv_heads; head++)
         if (!run->exact[head] && run->selection[head].n_selected >= session->op.n_blocks_max)
             return session->op.n_blocks_max > 0;
@@ -92,7 +94,7 @@ void winnow_certificate_close(struct winnow_core *core, struct winnow_session *s
     winnow_assert(op->n_items == 0);
     if (!op->by_device)
         mass_take(session, c);
-    if (!any_sparse(session))
+    if (op->whole || !any_sparse(session))
         c->verdict = WINNOW_VERDICT_EXACT;
     else
         c->verdict = c->mass_reached >= op->mass ? WINNOW_VERDICT_MET : WINNOW_VERDICT_SHORT;

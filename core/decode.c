@@ -261,17 +261,22 @@ static bool heads_submit(struct winnow_core *core, struct winnow_session *sessio
     return true;
 }
 
-/* Which heads are read whole: all (asked, or short), or the heavy ones. */
+bool winnow_decode_is_whole(const struct winnow_core *core, const struct winnow_session *session)
+{
+    const struct winnow_op *op = &session->op;
+    const struct winnow_context *context = session->context;
+    uint64_t n_sealed = (uint64_t)context->layer[op->layer].n_segments * context->segment_tokens;
+    return op->mass >= 1 || op->policy == WINNOW_POLICY_EXACT ||
+           (op->request->attend.flags & WINNOW_ITEM_EXACT) || n_sealed < core->options.dense_below;
+}
+
+/* Which heads are read whole: all, or the heavy ones. */
 static void exact_choose(struct winnow_core *core, struct winnow_session *session)
 {
     struct winnow_op *op = &session->op;
-    const struct winnow_context *context = session->context;
-    uint32_t n_heads = context->shape.n_kv_heads;
+    uint32_t n_heads = session->context->shape.n_kv_heads;
     bool may_degrade = winnow_op_may_degrade(session); /* by estimates: whole heads have none */
-    uint64_t n_sealed = (uint64_t)context->layer[op->layer].n_segments * context->segment_tokens;
-    op->whole = op->mass >= 1 || op->policy == WINNOW_POLICY_EXACT ||
-                (op->request->attend.flags & WINNOW_ITEM_EXACT) ||
-                n_sealed < core->options.dense_below;
+    op->whole = winnow_decode_is_whole(core, session);
     for (uint32_t head = 0; head < n_heads; head++) {
         const struct winnow_heavy *heavy = &session->heavy[op->layer * n_heads + head];
         bool looks_again = heavy->n_steps % WINNOW_HEAVY_STEPS == WINNOW_HEAVY_STEPS - 1;

@@ -204,7 +204,7 @@ bool winnow_device_wants(const struct winnow_core *core, const struct winnow_mod
     const struct winnow_device *device = core->tiers.device;
     struct winnow_gpu_options chosen;
     if (!device || device->lost || shape->kv_dtype == WINNOW_FP32 ||
-        options->policy != WINNOW_POLICY_CODES)
+        (options->policy != WINNOW_POLICY_CODES && options->policy != WINNOW_POLICY_EXACT))
         return false;
     if (device->gpu)
         return device->session_slots.n_free > 0 &&
@@ -445,7 +445,8 @@ int winnow_device_sync(struct winnow_core *core, struct winnow_session *session,
         .layer = op->layer,
         .n_segments = layer->n_segments,
         .n_tokens = layer->held,
-        .mass = op->mass,
+        .mass = op->whole ? 1 : op->mass,
+        .n_blocks_max = op->whole ? 0 : op->n_blocks_max,
         .q = request->attend.q,
         .k = appends ? request->attend.k : NULL,
         .v = appends ? request->attend.v : NULL,

@@ -7,9 +7,17 @@
  *   tail blocks                  those that tokens joined without the device (windows, truncate, fork)
  *
  * So a lost device loses nothing: its sessions' steps, the one under way too, are the CPU's from
- * then on (same blocks, block layout 2, same index). The CPU also takes what launches do not: whole
- * reads (mass 1, short contexts), other policies than `codes`, budgets. Heavy heads are the CPU's
- * notion: a launch selects theirs like any other's.
+ * then on (same blocks, block layout 2, same index). The CPU also takes what launches do not: sparse
+ * steps of other policies than `codes`, and windows. Heavy heads are its notion: a launch selects
+ * theirs like any other's.
+ *
+ * Whole reads (mass 1, short contexts, a strict step that stayed short) are launches of their own,
+ * which leave the device's cache alone. Few of their blocks may be away: those are read before the
+ * launch; of many the CPU's way streams past the cache (rule 3).
+ *
+ * Windows (AttendExact) stay the CPU's, over blocks of layout 2 that it has to reorder: an engine on a
+ * machine with a GPU attends its prompt where it computes its keys, and sends those by Append; a window
+ * is for an engine that cannot. Rejected: a kernel for windows, the attention that engines have.
  *
  * A step is launched as soon as the loop sees it; what waits together goes together. Selected blocks
  * that lie on disk are reported, read into the cache and pinned, and the step is launched again: its
@@ -101,7 +109,7 @@ void winnow_device_shape_end(struct winnow_device *device);
 /* --- launch.c --- */
 /* The step, its token appended: true when the device takes it. */
 bool winnow_device_begin(struct winnow_core *core, struct winnow_session *session);
-/* The device's answer will not do (strict, and short): the CPU reads the layer whole. */
+/* The device's answer will not do (strict, and short): the layer is read whole, by it or the CPU. */
 void winnow_device_refuse(struct winnow_core *core, struct winnow_session *session);
 /* A step in WINNOW_OP_DEVICE or WINNOW_OP_DEVICE_READ. True: the CPU goes on with it. */
 bool winnow_device_advance(struct winnow_core *core, struct winnow_session *session);

@@ -7,7 +7,8 @@
 #include <string.h>
 
 enum {
-    N_READS_MAX = 4, /* of a step: two rounds want some, another step may take one's place */
+    N_READS_MAX = 4,        /* of a step: two rounds want some, another step may take one's place */
+    WHOLE_READS_MAX = 1024, /* blocks: rule 3 keeps whole reads out of the cache, but for so few */
 };
 
 /* Awaits a launch's end here: the way through the loop and its queue costs 5 us each time around.
@@ -25,16 +26,8 @@ static void to_cpu(struct winnow_core *core, struct winnow_session *session)
     c->n_blocks_device = c->n_blocks_host = c->n_blocks_disk = c->n_blocks_missed = 0;
     op->state = WINNOW_OP_BUILD;
     op->on_cpu = true;
-    op->by_device = false;
+    op->by_device = op->whole = false;
     core->progress = true;
-}
-
-void winnow_device_refuse(struct winnow_core *core, struct winnow_session *session)
-{
-    winnow_assert(session->op.by_device);
-    winnow_assert(session->op.state == WINNOW_OP_STRICT);
-    session->op.mass = 1;
-    to_cpu(core, session);
 }
 
 /* Nothing that is out will come back: the CPU takes all of it. */
@@ -72,26 +65,76 @@ static void wait_for_launch(struct winnow_core *core, struct winnow_session *ses
     core->progress = true;
 }
 
+/* Lists all blocks of the layer, in the order of the disk, as a launch does that finds some there. */
+static uint32_t blocks_list(const struct winnow_session *session)
+{
+    const struct winnow_context *context = session->context;
+    uint32_t n_span = context->segment_tokens / WINNOW_BLOCK_TOKENS, n = 0;
+    uint32_t *block = winnow_device_disk_blocks(session->op.run);
+    for (uint32_t k = 0; k < context->layer[session->op.layer].n_segments; k++)
+        for (uint32_t head = 0; head < context->shape.n_kv_heads; head++)
+            for (uint32_t i = 0; i < n_span; i++)
+                block[n++] = head * session->op.run->n_blocks + k * n_span + i;
+    winnow_assert(n == context->shape.n_kv_heads * session->op.run->n_blocks);
+    return n;
+}
+
+/* Everything is read. That it is not all at home is known before a launch would say so: the rest is
+ * read first. False: that is more than a whole read may bring into the cache, and the CPU streams. */
+static bool whole_begin(struct winnow_core *core, struct winnow_session *session)
+{
+    struct winnow_op *op = &session->op;
+    const struct winnow_context *context = session->context;
+    uint32_t n_away = context->shape.n_kv_heads * op->run->n_blocks;
+    for (uint32_t k = 0; k < context->layer[op->layer].n_segments; k++)
+        n_away -= context->segment[k]->layer[op->layer].n_places;
+    if (n_away > WHOLE_READS_MAX)
+        return false;
+    op->whole = true;
+    if (n_away == 0) {
+        wait_for_launch(core, session);
+        return true;
+    }
+    op->certificate.n_blocks_disk += n_away;
+    winnow_pins_begin(core, session, blocks_list(session));
+    op->state = WINNOW_OP_DEVICE_READ;
+    return true;
+}
+
 bool winnow_device_begin(struct winnow_core *core, struct winnow_session *session)
 {
     struct winnow_op *op = &session->op;
     const struct winnow_context *context = session->context;
     uint32_t n_blocks =
         context->layer[op->layer].n_segments * (context->segment_tokens / WINNOW_BLOCK_TOKENS);
-    uint64_t n_sealed = (uint64_t)n_blocks * WINNOW_BLOCK_TOKENS;
-    if (!session->device_slot || core->tiers.device->lost || op->on_cpu || op->mass >= 1 ||
-        op->policy != WINNOW_POLICY_CODES || op->n_blocks_max ||
-        (op->request->attend.flags & WINNOW_ITEM_EXACT) || n_sealed < core->options.dense_below ||
-        n_sealed == 0)
+    bool whole = n_blocks == 0 || winnow_decode_is_whole(core, session);
+    if (!session->device_slot || core->tiers.device->lost || op->on_cpu ||
+        (!whole && op->policy != WINNOW_POLICY_CODES))
         return false;
     if (winnow_run_prepare(core, op->run, session, n_blocks) < 0)
         return false; /* and the CPU's way says what is short */
     op->certificate.n_blocks_total = context->shape.n_kv_heads * n_blocks;
+    if (whole)
+        return whole_begin(core, session);
     wait_for_launch(core, session);
     return true;
 }
 
-/* As many of those that wait as one launch takes. False: none, or the device is lost. */
+void winnow_device_refuse(struct winnow_core *core, struct winnow_session *session)
+{
+    struct winnow_op *op = &session->op;
+    winnow_assert(op->by_device);
+    winnow_assert(!op->whole);
+    winnow_assert(op->state == WINNOW_OP_STRICT);
+    op->mass = 1;
+    op->by_device = false;
+    op->n_device_reads = 0;
+    if (core->tiers.device->lost || !whole_begin(core, session))
+        to_cpu(core, session);
+}
+
+/* As many of those that wait as one launch takes, all whole or none. False: none, or the device is
+ * lost. */
 static bool launch_send(struct winnow_core *core)
 {
     struct winnow_device *device = core->tiers.device;
@@ -107,7 +150,8 @@ static bool launch_send(struct winnow_core *core)
         winnow_assert(session->op.state == WINNOW_OP_DEVICE);
         winnow_assert(session->op.n_items > 0);
         n_blocks += session->op.run->n_blocks;
-        if (launch->n && n_blocks > device->shape_options.n_launch_blocks_max)
+        if (launch->n && (n_blocks > device->shape_options.n_launch_blocks_max ||
+                          session->op.whole != launch->session[0]->op.whole))
             break;
         int rc = winnow_device_sync(core, session, &device->item[launch->n],
                                     &launch->certificate[launch->n]);
@@ -188,6 +232,7 @@ static void step_done(struct winnow_core *core, struct winnow_session *session,
         return;
     }
     winnow_pins_release(core, session);
+    op->budget_spent = from->n_heads_spent > 0;
     c->mass_reached = from->mass_reached;
     c->mass_mean = from->mass_mean;
     c->n_rounds = from->n_rounds;

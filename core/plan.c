@@ -339,7 +339,8 @@ static void pin_take(struct winnow_core *core, struct winnow_op *op, uint32_t pl
 {
     winnow_assert(place);
     winnow_arena_pin(core->tiers.arena, place - 1);
-    winnow_arena_touch(core->tiers.arena, place - 1);
+    if (!op->whole)
+        winnow_arena_touch(core->tiers.arena, place - 1);
     op->run->pin[op->n_pins++] = place;
 }
 
@@ -418,7 +419,7 @@ static void pin_loaded(struct winnow_core *core, struct winnow_session *session,
         pin_take(core, op, place);
         if (!load->cached)
             winnow_arena_release(core->tiers.arena, load->slot - 1);
-    } else if (winnow_op_may_degrade(session)) { /* the device compensates it */
+    } else if (winnow_op_may_degrade(session) && !op->whole) { /* the device compensates it */
         op->certificate.n_blocks_missed++;
         op->certificate.reason = (uint32_t)-result;
     } else {

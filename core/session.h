@@ -206,6 +206,7 @@ struct winnow_op {
     uint32_t n_device_reads, n_wanted, n_asked; /* blocks that the device lacks; seen to */
     uint32_t n_pins;
     bool by_device, on_cpu; /* the device answered; the device does not take it */
+    bool budget_spent;      /* so says the device */
     uint32_t policy;
     float mass;
     uint32_t n_blocks_max;
@@ -346,6 +347,8 @@ void winnow_item_done(struct winnow_core *core, struct winnow_item *item);
 
 /* --- the kinds --- */
 void winnow_decode_advance(struct winnow_core *core, struct winnow_session *session);
+/* The step reads all blocks: it was asked to, or the context is short. */
+bool winnow_decode_is_whole(const struct winnow_core *core, const struct winnow_session *session);
 void winnow_window_advance(struct winnow_core *core, struct winnow_session *session);
 void winnow_truncate_advance(struct winnow_core *core, struct winnow_session *session);
 /* Index bytes that the session may take: what is free and not promised to others. NULL: a new one. */

@@ -52,10 +52,11 @@ struct winnow_gpu {
 
 static struct sim_gpu {
     const struct winnow_kernels *kernels;
-    struct winnow_rng *rng;                /* how many polls a launch takes; NULL: one */
-    uint64_t fails_after;                  /* calls until it is lost; 0: never */
-    uint64_t n_calls, n_launches, n_steps; /* n_steps: items attended */
-    uint64_t n_disk;                       /* blocks reported on disk */
+    struct winnow_rng *rng;       /* how many polls a launch takes; NULL: one */
+    uint64_t fails_after;         /* calls until it is lost; 0: never */
+    uint64_t n_calls, n_launches; /* since it was opened */
+    uint64_t n_steps, n_whole;    /* items attended; those of mass 1 among them */
+    uint64_t n_disk;              /* blocks reported on disk */
     bool is_open, failed;
 } sim_gpu;
 
@@ -80,7 +81,7 @@ static int sim_gpu_sizes(const struct winnow_gpu_options *options, struct winnow
     uint32_t n_span = options->segment_tokens / WINNOW_BLOCK_TOKENS;
     *sizes = (struct winnow_gpu_sizes){0};
     sizes->segment_bytes = n_heads * n_span * (10ull * shape->k_width + shape->v_width);
-    sizes->session_bytes = n_heads * (n_span + 12) * winnow_block_bytes(shape);
+    sizes->session_bytes = n_heads * (n_span + 36) * winnow_block_bytes(shape);
     sizes->index_bytes = sizes->segment_bytes * options->n_segments_max;
     sizes->tail_bytes = sizes->session_bytes * options->n_sessions_max;
     sizes->cache_bytes = (uint64_t)options->n_slots * winnow_block_bytes(shape);
@@ -121,13 +122,13 @@ static int sim_gpu_create(struct winnow_gpu_device *device,
     if (sim_gpu_fails())
         return -EIO;
     uint64_t n_bytes = sizes.index_bytes + sizes.tail_bytes + sizes.cache_bytes;
-    CHECK(n_bytes <= device->memory_bytes);
+    CHECK(device->used_bytes + n_bytes <= device->memory_bytes);
     struct winnow_gpu *gpu = calloc(1, sizeof *gpu);
     gpu->device = device;
     gpu->options = *options;
-    gpu->bytes = device->used_bytes = n_bytes;
-    gpu->n_tail_blocks =
-        options->n_sinks / WINNOW_BLOCK_TOKENS + options->segment_tokens / WINNOW_BLOCK_TOKENS + 8;
+    gpu->bytes = n_bytes;
+    device->used_bytes += n_bytes;
+    gpu->n_tail_blocks = (options->n_sinks + options->segment_tokens + 512) / WINNOW_BLOCK_TOKENS;
     gpu->index = calloc((size_t)options->n_segments_max * shape->n_layers, sizeof *gpu->index);
     gpu->segments = calloc((size_t)options->n_sessions_max * options->n_session_segments_max,
                            sizeof *gpu->segments);
@@ -291,6 +292,11 @@ static int64_t sim_gpu_decode(struct winnow_gpu *gpu, uint32_t n_items,
     size_t k_bytes = (size_t)shape->n_kv_heads * shape->k_width * sim_gpu_element(gpu);
     size_t v_bytes = (size_t)shape->n_kv_heads * shape->v_width * sim_gpu_element(gpu);
     CHECK(n_items > 0 && n_items <= gpu->options.n_items_max);
+    for (uint32_t i = 0; i < n_items; i++) {
+        CHECK(items[i].mass > 0 && items[i].mass <= 1);
+        CHECK_EQ(items[i].mass == 1, items[0].mass == 1);
+        CHECK(items[i].mass < 1 || items[i].n_blocks_max == 0);
+    }
     if (sim_gpu_fails())
         return -EIO;
     if (gpu->n_launches == SIM_GPU_LAUNCHES)
@@ -400,7 +406,8 @@ static void sim_gpu_attend_selected(struct sim_gpu_unit *unit, uint8_t round)
         if (home == WINNOW_GPU_ON_DISK) {
             c->n_blocks_disk++;
             sim_gpu.n_disk++;
-            unit->selection.selected[b] = 0;
+            if (unit->item->mass < 1)
+                unit->selection.selected[b] = 0;
             continue;
         }
         c->n_blocks_host++;
@@ -411,12 +418,13 @@ static void sim_gpu_attend_selected(struct sim_gpu_unit *unit, uint8_t round)
     }
 }
 
+/* Out and lse; what was not selected is compensated, of a whole item nothing. */
 static void sim_gpu_unit_finish(struct sim_gpu_unit *unit)
 {
     const struct winnow_model_shape *shape = &unit->gpu->options.shape;
     size_t first = (size_t)unit->head * unit->n_q;
     float out[WINNOW_GQA_MAX * WINNOW_WIDTH_MAX], lse[WINNOW_GQA_MAX];
-    for (uint32_t k = 0; k < unit->item->n_segments; k++)
+    for (uint32_t k = 0; unit->item->mass < 1 && k < unit->item->n_segments; k++)
         sim_gpu.kernels->compensate(shape, &sim_gpu_unit_index(unit, k)->view[unit->head],
                                     &unit->selection, k * unit->n_span, unit->acc);
     sim_gpu.kernels->finish(shape, unit->acc, out, lse);
@@ -428,15 +436,12 @@ static void sim_gpu_unit_finish(struct sim_gpu_unit *unit)
         unit->certificate->status = EDOM;
 }
 
-static void sim_gpu_unit_run(struct sim_gpu_unit *unit)
+/* Two rounds; mass [n_q]. */
+static void sim_gpu_unit_sparse(struct sim_gpu_unit *unit, float *mass)
 {
-    const struct winnow_gpu *gpu = unit->gpu;
-    const struct winnow_model_shape *shape = &gpu->options.shape;
+    const struct winnow_model_shape *shape = &unit->gpu->options.shape;
     struct winnow_gpu_certificate *c = unit->certificate;
-    float rho[WINNOW_GQA_MAX] = {0}, mass[WINNOW_GQA_MAX];
-    for (uint32_t g = 0; g < unit->n_q; g++)
-        unit->acc[g * (shape->v_width + 2)] = -INFINITY;
-    sim_gpu_attend_tail(unit);
+    float rho[WINNOW_GQA_MAX] = {0};
     for (uint32_t k = 0; k < unit->item->n_segments; k++)
         sim_gpu.kernels->score(
             shape, WINNOW_POLICY_CODES, &sim_gpu_unit_index(unit, k)->view[unit->head], unit->q,
@@ -448,6 +453,26 @@ static void sim_gpu_unit_run(struct sim_gpu_unit *unit)
         c->n_rounds = 2;
         sim_gpu_attend_selected(unit, 2);
         sim_gpu.kernels->select_more(&unit->selection, rho, mass, 0, unit->scratch);
+    }
+    c->n_heads_spent +=
+        unit->item->n_blocks_max && unit->selection.n_selected >= unit->item->n_blocks_max;
+}
+
+static void sim_gpu_unit_run(struct sim_gpu_unit *unit)
+{
+    struct winnow_gpu_certificate *c = unit->certificate;
+    float mass[WINNOW_GQA_MAX];
+    for (uint32_t g = 0; g < unit->n_q; g++)
+        unit->acc[g * (unit->gpu->options.shape.v_width + 2)] = -INFINITY;
+    sim_gpu_attend_tail(unit);
+    if (unit->item->mass < 1) {
+        sim_gpu_unit_sparse(unit, mass);
+    } else {
+        uint32_t n_disk = c->n_blocks_disk;
+        memset(unit->selection.selected, 1, unit->n_blocks);
+        sim_gpu_attend_selected(unit, 1);
+        for (uint32_t g = 0; g < unit->n_q; g++)
+            mass[g] = c->n_blocks_disk == n_disk;
     }
     sim_gpu_unit_finish(unit);
     for (uint32_t g = 0; g < unit->n_q; g++) {
@@ -501,16 +526,17 @@ static void sim_gpu_item_run(struct winnow_gpu *gpu, const struct winnow_gpu_ite
         unit.ln_m = calloc(n_blocks * n_q, sizeof(float));
         unit.scratch = aligned_alloc(
             64, (sim_gpu.kernels->select_scratch_bytes(shape, (uint32_t)n_blocks) + 64) / 64 * 64);
-        unit.selection = (struct winnow_selection){.n_q = n_q,
-                                                   .n_blocks = (uint32_t)n_blocks,
-                                                   .n_blocks_max = (uint32_t)n_blocks,
-                                                   .mass = item->mass,
-                                                   .ln_z = unit.ln_z,
-                                                   .ln_m = unit.ln_m,
-                                                   .ln_e = calloc(n_blocks * n_q, sizeof(float)),
-                                                   .ln_key = calloc(n_blocks, sizeof(float)),
-                                                   .block_idx = calloc(n_blocks, 4),
-                                                   .selected = calloc(n_blocks, 1)};
+        unit.selection = (struct winnow_selection){
+            .n_q = n_q,
+            .n_blocks = (uint32_t)n_blocks,
+            .n_blocks_max = item->n_blocks_max ? item->n_blocks_max : (uint32_t)n_blocks,
+            .mass = item->mass,
+            .ln_z = unit.ln_z,
+            .ln_m = unit.ln_m,
+            .ln_e = calloc(n_blocks * n_q, sizeof(float)),
+            .ln_key = calloc(n_blocks, sizeof(float)),
+            .block_idx = calloc(n_blocks, 4),
+            .selected = calloc(n_blocks, 1)};
         sim_gpu_unit_run(&unit);
         free(unit.acc);
         free(unit.ln_m);
@@ -525,6 +551,7 @@ static void sim_gpu_item_run(struct winnow_gpu *gpu, const struct winnow_gpu_ite
     gpu->counters[item->layer].n_misses += item->certificate->n_blocks_host;
     gpu->counters[item->layer].n_unfit += item->certificate->n_blocks_unfit;
     sim_gpu.n_steps++;
+    sim_gpu.n_whole += item->mass == 1;
 }
 
 static int sim_gpu_poll(struct winnow_gpu *gpu, int64_t ticket, bool wait)

@@ -110,7 +110,6 @@ static inline void sim_swarm_init(struct sim_swarm *swarm, uint64_t seed, enum s
         options.gpu_memory_bytes = (4 + 4 * sim_below(swarm, 12)) << 20;
         options.gpu_fails_after = sim_chance(swarm, 0.3) ? 1 + sim_below(swarm, 4000) : 0;
         options.index_memory_bytes = 16 << 20;
-        options.dense_below = 0;
     }
     sim_trouble_draw(swarm, &options.disk, manner);
     sim_world_init(&swarm->world, &options);

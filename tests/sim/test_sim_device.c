@@ -23,14 +23,15 @@ static void cpu_outcome(void)
     outcome_of(&options, &shape, WINNOW_POLICY_CODES, &cpu);
 }
 
-/* Sparse steps are the device's, and say what the CPU's say. */
+/* All steps are the device's, sparse and whole, and say what the CPU's say. */
 static void test_device__same_bits_as_the_cpu(void)
 {
     struct winnow_model_shape shape = small_shape();
     struct sim_options options =
         with_gpu((struct sim_options){.seed = test_seed(), .host_pool_bytes = 64 << 20});
     outcome_of(&options, &shape, WINNOW_POLICY_CODES, &gpu);
-    CHECK_EQ(sim_gpu.n_steps, N_LAYERS * N_STEPS * 3 / 4); /* mass 1 is read by the CPU */
+    CHECK_EQ(sim_gpu.n_steps, N_LAYERS * N_STEPS);
+    CHECK_EQ(sim_gpu.n_whole, N_LAYERS * N_STEPS / 4);
     same_check(&cpu, &gpu);
 }
 
@@ -43,7 +44,7 @@ static void test_device__blocks_on_disk_are_read_for_it(void)
     options = with_gpu(shuffling(16, test_seed()));
     outcome_of(&options, &shape, WINNOW_POLICY_CODES, &gpu);
     CHECK(sim_gpu.n_disk > 0 && gpu.n_disk > 0);
-    CHECK(sim_gpu.n_steps > N_LAYERS * N_STEPS * 3 / 4);
+    CHECK(sim_gpu.n_steps > N_LAYERS * N_STEPS);
     same_check(&cpu, &gpu);
 }
 
@@ -151,7 +152,7 @@ static void test_device__memory_is_index_then_cache(void)
 {
     struct winnow_gpu_options large = options_of(256 << 20, 4 << 20);
     struct winnow_gpu_options middle = options_of(24 << 20, 4 << 20);
-    struct winnow_gpu_options small = options_of(4 << 20, 4 << 20);
+    struct winnow_gpu_options small = options_of(6 << 20, 4 << 20);
     uint32_t n_of_segment = N_LAYERS * 2 * 128 / WINNOW_BLOCK_TOKENS;
     CHECK_EQ(large.n_slots, large.n_segments_max * n_of_segment);
     CHECK_EQ(middle.n_segments_max, large.n_segments_max);

@@ -626,6 +626,114 @@ static void test_gpu_decode__not_finite_fails_one(void)
     scene_close();
 }
 
+/* Estimates that say twice what the logits are: the blocks chosen first promise more than they hold. */
+static void index_double(void)
+{
+    uint32_t n_heads = scene.of.shape.n_layers * scene.of.shape.n_kv_heads;
+
+    for (uint32_t i = 0; i < scene.of.n_sessions * n_heads; i++)
+        for (uint32_t k = 0; k < scene.of.n_segments[i / n_heads]; k++) {
+            struct winnow_index_view *view = &scene.head[i].segment[k].view;
+            for (uint32_t b = 0; b < scene.span; b++)
+                view->head[b].centroid_scale *= 2;
+            for (uint32_t t = 0; t < 16 * scene.span; t++)
+                if (view->code_scale[t] >= 0x400) /* fp16: one more in the exponent */
+                    view->code_scale[t] += 0x400;
+        }
+}
+
+/* The least mass of a KV head's query heads when its first n blocks in key order are read, by ref;
+ * *ret_n_more: what ref's own second round would read after its first. */
+static float ref_mass(const struct scene_item *item, uint32_t query, uint32_t n,
+                      uint32_t *ret_n_more)
+{
+    const struct scene_head *head = scene_head(&scene, item->item.session, item->item.layer, 0);
+    const float *q = head->data.q + (size_t)query * scene.n_group * scene.of.shape.k_width;
+    float rho[WINNOW_GQA_MAX], mass[WINNOW_GQA_MAX], least = 1;
+    static float partial[WINNOW_GQA_MAX * (WINNOW_WIDTH_MAX + 2)];
+    void *block = case_alloc(scene.block_bytes);
+    const void *blocks[] = {block};
+    const uint32_t n_tokens = 16;
+    struct expected e;
+
+    expect_init(&e, item->item.session, item->item.layer, query, item->item.mass, n);
+    float *ln_m = case_alloc((e.n_blocks + 1) * e.n_q * sizeof *ln_m);
+    e.sel.ln_m = ln_m;
+    for (uint32_t b = 0; b < e.n_blocks; b++) {
+        uint32_t k = b / scene.span;
+        scene_block(&scene, head, scene.of.n_sinks + (uint64_t)k * scene.of.segment_tokens, 16,
+                    head->segment[k].order + b % scene.span * 16, block);
+        scene.ref->attend_partial(&scene.head_shape, q, 1, blocks, &n_tokens, partial,
+                                  ln_m + (size_t)b * e.n_q);
+    }
+    e.sel.n_selected = e.n_ref;
+    for (uint32_t i = 0; i < e.n_blocks; i++)
+        e.selected[e.block_idx[i]] = i < e.n_ref;
+    *ret_n_more = scene.ref->select_more(&e.sel, rho, mass, 1, NULL);
+    e.sel.n_selected = n;
+    for (uint32_t i = 0; i < e.n_blocks; i++)
+        e.selected[e.block_idx[i]] = i < n;
+    scene.ref->select_more(&e.sel, rho, mass, 0, NULL);
+    for (uint32_t g = 0; g < e.n_q; g++)
+        least = fminf(least, mass[g]);
+    winnow_alloc_free(ln_m);
+    winnow_alloc_free(block);
+    expect_finish(&e);
+    return least;
+}
+
+/* Where the blocks of the first round hold less than their estimates promised, every unit reads on:
+ * two rounds, with ref's result and mass over as many blocks, and the same bits from any cache. */
+static void test_gpu_decode__second_round_reads_more(void)
+{
+    static const struct winnow_model_shape shapes[] = {
+        SHAPE(1, 4, 1, 128, 128, WINNOW_BF16, WINNOW_FP32),
+        SHAPE(1, 3, 1, 64, 64, WINNOW_FP16, WINNOW_FP32),
+        SHAPE(1, 16, 1, 96, 64, WINNOW_FP16, WINNOW_FP16),
+    };
+    static struct scene_item first[4], item[4];
+
+    for (uint32_t i = 0; i < 3; i++) {
+        struct scene_options options = {.shape = shapes[i],
+                                        .segment_tokens = 128,
+                                        .n_sinks = 16,
+                                        .n_sessions = 4,
+                                        .n_segments = {0, 4, 9, 19},
+                                        .n_tail = {40, 1, 128, 300},
+                                        .seed = test_seed() + 100 * i};
+        scene_open(&options);
+        index_double();
+        for (uint32_t run = 0; run < 6; run++) {
+            struct scene_gpu_options of_gpu = {.n_slots = run % 3 == 0   ? 512
+                                                          : run % 3 == 1 ? 0
+                                                                         : 32};
+            struct winnow_gpu *gpu = scene_put(&scene, device, &of_gpu);
+            struct scene_item *items = run == 0 ? first : item;
+            for (uint32_t s = 0; s < 4; s++)
+                scene_item_init(&scene, &items[s], s, 0, 1, 0.8f);
+            for (uint32_t s = 0; s < 4; s += run < 3 ? 4 : 1)
+                scene_decode(&scene, gpu, run < 3 ? 4 : 1, items + s);
+            for (uint32_t s = 0; s < 4; s++) {
+                const struct winnow_gpu_certificate *c = &items[s].certificate;
+                uint32_t n_more, n = c->n_blocks_device + c->n_blocks_host;
+                CHECK_EQ(c->n_rounds, s == 0 ? 1 : 2);
+                if (run > 0) {
+                    scene_same(&scene, &first[s], &item[s]);
+                    scene_item_finish(&scene, &item[s]);
+                    continue;
+                }
+                item_check(&first[s], 0, 1);
+                CHECK_NEAR(c->mass_reached, ref_mass(&first[s], 1, n, &n_more), 2e-3);
+                CHECK_EQ(n_more > 0, s > 0);
+            }
+            api->destroy(gpu);
+        }
+        for (uint32_t s = 0; s < 4; s++)
+            scene_item_finish(&scene, &first[s]);
+        scene_close();
+    }
+}
+
 /* A budget holds, and what it leaves out shows in the certificate. */
 static void test_gpu_decode__budget_holds(void)
 {
@@ -784,6 +892,7 @@ int main(int argc, char **argv)
     TEST_RUN(test_gpu_decode__two_are_out);
     TEST_RUN(test_gpu_decode__refuses_arguments);
     TEST_RUN(test_gpu_decode__budget_holds);
+    TEST_RUN(test_gpu_decode__second_round_reads_more);
     TEST_RUN(test_gpu_decode__not_finite_fails_one);
     TEST_RUN(test_gpu_decode__slot_used_anew);
     TEST_RUN(test_gpu_decode__drop_frees_slots);

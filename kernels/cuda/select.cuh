@@ -589,6 +589,7 @@ static __device__ void winnow_gpu_select_more(const winnow_gpu_view &view, uint3
     if (threadIdx.x < 32)
         chunks_push(view, unit_idx, 2);
     bool has_segments = segments_load(view, item.session, item.n_segments, memory);
+    __syncthreads();
     for (uint32_t b = threadIdx.x; b < n; b += blockDim.x) {
         uint32_t class_b = class_of(key_at(b), origin, -INFINITY);
         if (class_b != CLASS_NEVER)

@@ -76,7 +76,7 @@ struct winnow_gpu_certificate {
     uint32_t n_blocks_device, n_blocks_host; /* selected, by where they were found */
     uint32_t n_blocks_unfit; /* of those on the host, attended from there: no slot was free, or the
                                 item is whole */
-    uint32_t n_blocks_disk;  /* selected, on disk: compensated; such an item has one round. Of a
+    uint32_t n_blocks_disk;  /* selected, on disk: compensated; a head with such has one round. Of a
                                 whole item: left out, and the mass is 0 */
     uint32_t n_heads_spent;  /* KV heads whose selection is the budget */
 };

@@ -356,7 +356,8 @@ __device__ __noinline__ void unit_join(const winnow_gpu_view &view, uint32_t uni
     if (g < view.n_group) {
         float mass = join_verify(unit, g, item.mass, memory->largest[g], memory->read[g],
                                  memory->rest[g], IS_FIRST);
-        if (IS_FIRST && mass < item.mass && n_selected < n_max)
+        /* What is missing on disk is no reason to read what was not selected. */
+        if (IS_FIRST && mass < item.mass && n_selected < n_max && __ldcg(&unit->n_disk) == 0)
             memory->is_short = 1;
     }
     __syncthreads();

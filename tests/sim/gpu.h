@@ -442,13 +442,14 @@ static void sim_gpu_unit_sparse(struct sim_gpu_unit *unit, float *mass)
     const struct winnow_model_shape *shape = &unit->gpu->options.shape;
     struct winnow_gpu_certificate *c = unit->certificate;
     float rho[WINNOW_GQA_MAX] = {0};
+    uint32_t n_disk = c->n_blocks_disk; /* of the heads before */
     for (uint32_t k = 0; k < unit->item->n_segments; k++)
         sim_gpu.kernels->score(
             shape, WINNOW_POLICY_CODES, &sim_gpu_unit_index(unit, k)->view[unit->head], unit->q,
             unit->selection.ln_e + (size_t)k * unit->n_span * unit->n_q, unit->scratch);
     sim_gpu.kernels->select(WINNOW_POLICY_CODES, &unit->selection, unit->scratch);
     sim_gpu_attend_selected(unit, 1);
-    if (sim_gpu.kernels->select_more(&unit->selection, rho, mass, c->n_blocks_disk == 0,
+    if (sim_gpu.kernels->select_more(&unit->selection, rho, mass, c->n_blocks_disk == n_disk,
                                      unit->scratch)) {
         c->n_rounds = 2;
         sim_gpu_attend_selected(unit, 2);

@@ -28,13 +28,14 @@ void winnow_gpu_index_layout(struct winnow_gpu_view *view)
     view->unit_bytes = round_up(view->loc_at + n * 4, 128);
 }
 
-/* Code of dimension d of token t, as code + 8; beyond the width: code 0. */
-static uint32_t code_at(uint32_t width, const uint8_t *code, uint32_t t, uint32_t d)
+/* Codes of dimensions d .. d + 3 of token t, a byte each, as code + 8; beyond the width: code 0. */
+static uint32_t codes_at(uint32_t width, const uint8_t *code, uint32_t t, uint32_t d)
 {
+    uint32_t pairs;
     if (d >= width)
-        return 8;
-    uint8_t pair = code[(d / 8 * 16 + t) * 4 + d % 4];
-    return d % 8 < 4 ? pair & 15 : pair >> 4;
+        return 0x08080808;
+    memcpy(&pairs, code + (d / 8 * 16 + t) * 4, sizeof pairs);
+    return (d % 8 < 4 ? pairs : pairs >> 4) & 0x0f0f0f0f;
 }
 
 static void pack_codes(uint32_t width, const uint8_t *code, uint8_t *dst)
@@ -43,13 +44,13 @@ static void pack_codes(uint32_t width, const uint8_t *code, uint8_t *dst)
 
     for (uint32_t j = 0; j < half / 32; j++)
         for (uint32_t lane = 0; lane < 32; lane++)
-            for (uint32_t i = 0; i < 4; i++)
-                for (uint32_t t = 0; t < 4; t++) {
-                    uint32_t key = lane / 4 + 8 * (i & 1);
-                    uint32_t d = 32 * j + 16 * (i >> 1) + 4 * (lane & 3) + t;
-                    *dst++ = (uint8_t)(code_at(width, code, key, d) |
-                                       code_at(width, code, key, half + d) << 4);
-                }
+            for (uint32_t i = 0; i < 4; i++, dst += 4) {
+                uint32_t key = lane / 4 + 8 * (i & 1);
+                uint32_t d = 32 * j + 16 * (i >> 1) + 4 * (lane & 3);
+                uint32_t word = codes_at(width, code, key, d) | codes_at(width, code, key, half + d)
+                                                                    << 4;
+                memcpy(dst, &word, sizeof word);
+            }
 }
 
 static void pack_record(uint32_t width, const struct winnow_index_view *index, uint32_t first,

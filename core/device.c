@@ -363,6 +363,14 @@ static int segment_sync(struct winnow_core *core, struct winnow_segment *segment
     return rc;
 }
 
+void winnow_device_segment_ready(struct winnow_core *core, struct winnow_session *session,
+                                 struct winnow_segment *segment, uint32_t layer)
+{
+    struct winnow_device *device = core->tiers.device;
+    if (session->device_slot && !device->lost && segment_sync(core, segment, layer) == -EIO)
+        device->lost = true; /* and the next launch finds it so */
+}
+
 /* The layer's segments, from the first that the device has not seen on. */
 static int segments_sync(struct winnow_core *core, struct winnow_session *session)
 {

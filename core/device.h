@@ -2,7 +2,7 @@
  * Device: decode steps that a GPU takes (kernels/gpu.h). The host keeps all it keeps without one,
  * index and blocks; the device gets copies, lazily, before the launch that needs them:
  *
- *   index of a segment's layer   when a step of that layer first sees it in force
+ *   index of a segment's layer   when it comes into force; else when a step first sees it
  *   homes of its blocks          those that the cache admitted or evicted since the last launch
  *   tail blocks                  those that tokens joined without the device (windows, truncate, fork)
  *
@@ -90,6 +90,9 @@ bool winnow_device_plan(const struct winnow_core *core, const struct winnow_mode
 /* Takes a slot for the session, as far as there is one. */
 void winnow_device_join(struct winnow_core *core, struct winnow_session *session);
 void winnow_device_leave(struct winnow_core *core, struct winnow_session *session);
+/* The segment's layer is in force: the session's steps will ask for it. */
+void winnow_device_segment_ready(struct winnow_core *core, struct winnow_session *session,
+                                 struct winnow_segment *segment, uint32_t layer);
 /* The segment's last holder goes. device: NULL is fine where the segment has no slot. */
 void winnow_device_segment_end(struct winnow_device *device, struct winnow_segment *segment);
 /* A block got a place in the arena or lost it. device: NULL is fine. */

@@ -183,6 +183,7 @@ static void permute_done(struct winnow_core *core, struct winnow_item *item)
     winnow_context_seal(session->context, item->layer);
     state->seal_state = WINNOW_SEAL_NONE;
     winnow_spill_queue(core, item->segment, item->layer);
+    winnow_device_segment_ready(core, session, item->segment, item->layer);
 }
 
 void winnow_seal_permute(struct winnow_core *core, struct winnow_session *session, uint32_t layer)

@@ -128,6 +128,34 @@ static void test_device__sessions_share_launches(void)
     sim_world_finish(&world);
 }
 
+/* The index of what is sealed is on the device before a step asks for it: the first one waits for
+ * no copies but the tail's. */
+static void test_device__segments_are_put_as_they_come(void)
+{
+    enum { N = 1500 };
+    static struct sim_text text;
+    struct winnow_model_shape shape = small_shape();
+    struct sim_options options =
+        with_gpu((struct sim_options){.seed = test_seed(), .host_pool_bytes = 64 << 20});
+    float out[4 * 64];
+    struct sim_world world;
+    sim_world_init(&world, &options);
+    sim_text_init(&text, &world, &shape, test_seed());
+    CHECK_EQ(sim_text_open(&text, NULL), 0);
+    CHECK_EQ(sim_text_fill(&text, 0, N, 300), 0);
+    const struct winnow_context *context = sim_session(world.core, text.id)->context;
+    for (uint32_t layer = 0; layer < N_LAYERS; layer++) {
+        CHECK(context->layer[layer].n_segments > 5);
+        for (uint32_t k = 0; k < context->layer[layer].n_segments; k++)
+            CHECK(context->segment[k]->layer[layer].on_device);
+    }
+    CHECK_EQ(sim_text_step(&text, 0, N, 0.9f, out), 0);
+    CHECK_EQ(sim_text_close(&text), 0);
+    sim_world_settle(&world);
+    sim_baseline_check(&world);
+    sim_world_finish(&world);
+}
+
 static struct winnow_gpu_options options_of(uint64_t gpu_memory_bytes, uint64_t index_memory_bytes)
 {
     static struct sim_text text;
@@ -207,6 +235,7 @@ int main(int argc, char **argv)
     TEST_RUN(test_device__blocks_on_disk_are_read_for_it);
     TEST_RUN(test_device__one_more_launch_for_any_number_of_blocks);
     TEST_RUN(test_device__sessions_share_launches);
+    TEST_RUN(test_device__segments_are_put_as_they_come);
     TEST_RUN(test_device__memory_is_index_then_cache);
     TEST_RUN(test_device__lost_at_any_call);
     TEST_RUN(test_device__random_runs_have_the_same_bits);

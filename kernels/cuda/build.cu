@@ -1,48 +1,355 @@
 /*
- * Build on the device: balanced bisection and the index, a thread block a unit (segment, layer, KV
- * head), as ref/bisect.c and ref/index.c define them.
+ * Balanced bisection on the device, as ref/bisect.c defines it: a kernel a level, a thread block a
+ * node. So a level's nodes of all units fill the card, and no thread block stays long enough to
+ * stand in the way of a decode step of higher priority.
  *
- * Means and projections are fp64, as ref's; the covariance is fp32 of keys relative to the unit's
- * largest difference from its mean, so that no key is too large: it decides a direction, not a
- * sum. 8 x 8 products a thread, by interleaved dimensions, each unordered pair once.
- * A node is never sorted: its tokens stand in order of position, so the threshold of the split is
- * found by four histograms of 8 bits, and two prefix sums keep the order. Rejected: a sort a level
- * (45 steps over 1,024 keys where 4 + 4 do), float atomics (another result every run), and fp64
- * products (twice the registers and shared memory: 6.5 ms a unit of 1,024 x 128).
+ * Keys are scaled by a power of 2 to at most 1 in their unit; x = key - mean is fp32. Up to 128
+ * dimensions the covariance goes through the tensor cores, of x in fp16 relative to the node's
+ * largest: it decides a direction, not a sum, and 2^-11 of x moves the variance of the halves by
+ * less than the 16 power iterations leave open. C stays in the registers it was summed in; an
+ * iteration is 64 products a thread, and nothing is normalised on the way: C / (12 C_jj) has its
+ * largest eigenvalue between 1/12 and 256/12, whose 16th powers fp32 holds. Wider keys multiply by
+ * X^T X without making it.
+ *
+ * A node is never sorted: up to 256 tokens each counts those before it; above, four histograms of 8
+ * bits find the projection that parts the halves. Prefix sums keep the order of position. No sum
+ * depends on which thread comes first.
+ *
+ * Rejected: a thread block a unit (20 times the latency of a level, and 8 of 132 multiprocessors
+ * busy in a layer); fp64 and fp32 products for C (7 ms a unit of 1,024 x 128).
  */
 #include <float.h>
-#include <kernels/cuda/plain.cuh>
+#include <kernels/cuda/build.h>
+#include <kernels/cuda/fragment.cuh>
+#include <kernels/cuda/reduce.cuh>
+#include <kernels/cuda/rows.cuh>
 
 namespace
 {
-constexpr uint32_t N_POWER_ITERATIONS = 16, N_TILE = 8, CHUNK_FLOATS = 4096;
-constexpr uint32_t WIDTH_MAX = WINNOW_WIDTH_MAX;
+constexpr uint32_t N_POWER_ITERATIONS = 16, N_WARPS = N_THREADS / 32;
+constexpr uint32_t NARROW = 128;         /* widths up to it: C is made */
+constexpr uint32_t TILE_TOKENS = 64;     /* of x in shared memory at once */
+constexpr uint32_t SHARED_TOKENS = 1024; /* nodes up to it: order and ranks in shared memory */
+constexpr uint32_t COUNTED_TOKENS = 256; /* nodes up to it: a thread a token */
+constexpr uint32_t TILE_STRIDE = NARROW + 8;
 
-/* Of one unit, in shared memory; behind it C, its lower triangle. */
 struct node {
-    double mean[WIDTH_MAX], sum[N_THREADS];
-    float x[CHUNK_FLOATS], v[WIDTH_MAX], part[N_THREADS];
-    uint32_t histogram[256], of_warp[N_THREADS / 32], digit, n_below;
+    float mean[WINNOW_WIDTH_MAX], v[2][WINNOW_WIDTH_MAX], part[N_WARPS * WINNOW_WIDTH_MAX];
+    __align__(16) uint32_t rank[SHARED_TOKENS];
+    uint16_t order[SHARED_TOKENS];
+    uint32_t histogram[256], of_warp[N_WARPS], digit, n_below;
 };
 
-struct unit {
-    uint32_t width;
-    const float *k;
-    uint16_t *order, *moved; /* of the node's first token on; moved: scratch */
+/* A node's tokens; order and rank in shared memory or in scratch. */
+template <class T> struct tokens {
+    uint32_t n, width;
+    const T *k; /* of the unit */
+    const uint16_t *order;
     uint32_t *rank;
-    float *c;     /* see c_at */
-    double scale; /* 1 / the unit's largest |k - mean|, 0 when there is none */
+    float scale; /* of the unit: a power of 2 that makes its keys at most 1 */
+    row_place place;
 };
 
-__device__ const float *token_key(const struct unit &unit, uint32_t i)
+template <class T> __device__ const T *token_key(const tokens<T> &of, uint32_t i)
 {
-    return unit.k + (size_t)unit.order[i] * unit.width;
+    return of.k + (size_t)of.order[i] * of.width + 8 * of.place.part;
+}
+
+/* x = k scale - mean, this thread's eight dimensions; 0 beyond the width. */
+template <class T>
+__device__ void centred(const tokens<T> &of, const float (&mean)[8], const row_part<T> &part,
+                        float (&x)[8])
+{
+    row_widen(part, x);
+    for (int i = 0; i < 8; i++)
+        x[i] = of.place.has_part ? fmaf(x[i], of.scale, -mean[i]) : 0;
+}
+
+template <class T> __device__ row_part<T> token_load(const tokens<T> &of, uint32_t i)
+{
+    return of.place.has_part ? row_load(token_key(of, i)) : row_part<T>();
+}
+
+__device__ void part_of(const row_place &place, const float *v, float (&x)[8])
+{
+    for (int i = 0; i < 8; i++)
+        x[i] = place.has_part ? v[8 * place.part + i] : 0;
+}
+
+/* 2^-e with |x| <= 2^e for the largest; within fp32's normal range. */
+__device__ float scale_below(float largest)
+{
+    int exponent = largest > 0 ? ilogbf(fminf(largest, FLT_MAX)) + 1 : 0;
+    return ldexpf(1, -max(exponent, -126));
+}
+
+/* Of the unit, whose root this is. */
+template <class T> __device__ float unit_scale(const tokens<T> &of)
+{
+    float largest = 0, x[8];
+
+#pragma unroll 4
+    for (uint32_t i = of.place.first; i < of.n; i += of.place.stride) {
+        row_widen(token_load(of, i), x);
+        for (int j = 0; j < 8; j++)
+            largest = fmaxf(largest, fabsf(x[j]));
+    }
+    return scale_below(block_max(largest));
+}
+
+/* The mean of every dimension, as the first key and what the others differ from it; returns a power
+ * of 2 that makes those differences at most 1, or 0 when there are none. */
+template <class T> __device__ float node_mean(node &node, const tokens<T> &of)
+{
+    const float zero[8] = {};
+    float first[8], sum[8] = {}, x[8], largest = 0;
+
+    centred(of, zero, token_load(of, 0), first);
+#pragma unroll 4
+    for (uint32_t i = of.place.first; i < of.n; i += of.place.stride) {
+        centred(of, first, token_load(of, i), x);
+        for (int j = 0; j < 8; j++) {
+            sum[j] += x[j];
+            largest = fmaxf(largest, fabsf(x[j]));
+        }
+    }
+    row_columns(of.place, of.width, sum, node.part, node.mean);
+    if (threadIdx.x < of.place.n_lanes && of.place.has_part)
+        for (int j = 0; j < 8; j++) {
+            float &mean = node.mean[8 * of.place.part + j];
+            mean = first[j] + mean / (float)of.n;
+        }
+    largest = block_max(largest); /* and a barrier behind the means */
+    return largest > 0 ? scale_below(largest) : 0;
+}
+
+// --- up to 128 dimensions: C in registers -------------------------------------------------------
+
+/* C: warp w holds rows 16 w + r and 16 w + r + 8 of columns 8 j + 2 c and 8 j + 2 c + 1 (lane
+ * 4 r + c) in c[j]. */
+using covariance = float[NARROW / 8][4];
+
+/* 16 tokens from `token` on by 16 dimensions from `d` on, as operand A (a row a dimension); its
+ * halves {x, z} and {y, w} are operand B of the same dimensions. */
+__device__ uint4 tile_fragment(const uint16_t *tile, uint32_t token, uint32_t d)
+{
+    uint32_t lane = lane_id();
+    const uint16_t *at =
+        tile + (token + lane % 8 + lane / 16 * 8) * TILE_STRIDE + d + lane / 8 % 2 * 8;
+    uint4 x;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"((uint32_t)__cvta_generic_to_shared(at)));
+    return x;
+}
+
+__device__ void tile_multiply(const uint16_t *tile, uint32_t width, uint32_t n_tokens,
+                              covariance &c)
+{
+    uint32_t warp = threadIdx.x / 32;
+
+    if (16 * warp >= width)
+        return;
+    for (uint32_t token = 0; token < n_tokens; token += 16) {
+        uint4 a = tile_fragment(tile, token, 16 * warp);
+#pragma unroll
+        for (uint32_t j = 0; j < NARROW / 16; j++)
+            if (16 * j < width) {
+                uint4 b = tile_fragment(tile, token, 16 * j);
+                mma<WINNOW_FP16>(c[2 * j], a, make_uint2(b.x, b.z));
+                mma<WINNOW_FP16>(c[2 * j + 1], a, make_uint2(b.y, b.w));
+            }
+    }
+}
+
+constexpr uint32_t TILE_ROWS = TILE_TOKENS * NARROW / 8 / N_THREADS; /* of a thread, at most */
+
+template <class T>
+__device__ void tile_load(const tokens<T> &of, uint32_t first, row_part<T> (&part)[TILE_ROWS])
+{
+#pragma unroll
+    for (uint32_t i = 0; i < TILE_ROWS; i++) {
+        uint32_t t = of.place.first + i * of.place.stride;
+        if (t < TILE_TOKENS && first + t < of.n)
+            part[i] = token_load(of, first + t);
+    }
+}
+
+template <class T>
+__device__ void tile_store(const node &node, const tokens<T> &of, float scale,
+                           const row_part<T> (&part)[TILE_ROWS], uint16_t *tile)
+{
+    float mean[8];
+
+    part_of(of.place, node.mean, mean);
+#pragma unroll
+    for (uint32_t i = 0; i < TILE_ROWS; i++) {
+        uint32_t t = of.place.first + i * of.place.stride;
+        float x[8];
+        if (t >= TILE_TOKENS || !of.place.has_part)
+            continue;
+        centred(of, mean, part[i], x);
+        for (int j = 0; j < 8; j++)
+            x[j] *= scale;
+        *(uint4 *)(tile + t * TILE_STRIDE + 8 * of.place.part) =
+            make_uint4(pack<WINNOW_FP16>(x[0], x[1]), pack<WINNOW_FP16>(x[2], x[3]),
+                       pack<WINNOW_FP16>(x[4], x[5]), pack<WINNOW_FP16>(x[6], x[7]));
+    }
+}
+
+/* C = X^T X, X = (keys - mean) x scale; the next tile is on its way while one is multiplied. */
+template <class T>
+__device__ void node_covariance(node &node, const tokens<T> &of, float scale, uint16_t *tile,
+                                covariance &c)
+{
+    row_part<T> part[TILE_ROWS] = {};
+
+    tile_load(of, 0, part);
+    for (uint32_t first = 0; first < of.n; first += TILE_TOKENS) {
+        __syncthreads();
+        tile_store(node, of, scale, part, tile);
+        __syncthreads();
+        tile_load(of, first + TILE_TOKENS, part);
+        tile_multiply(tile, of.width, min(TILE_TOKENS, of.n - first), c);
+    }
+}
+
+/* The diagonal to shared memory. */
+__device__ void covariance_diagonal(const covariance &c, uint32_t width, float *diagonal)
+{
+    uint32_t warp = threadIdx.x / 32, r = lane_id() / 4;
+
+    if (16 * warp >= width || lane_id() % 4 != r / 2)
+        return;
+#pragma unroll
+    for (uint32_t j = 0; j < NARROW / 16; j++)
+        if (j == warp) {
+            diagonal[16 * j + r] = r % 2 ? c[2 * j][1] : c[2 * j][0];
+            diagonal[16 * j + r + 8] = r % 2 ? c[2 * j + 1][3] : c[2 * j + 1][2];
+        }
+}
+
+/* y = C v x factor. */
+__device__ void covariance_times(const covariance &c, uint32_t width, const float *v, float factor,
+                                 float *y)
+{
+    uint32_t row = threadIdx.x / 32 * 16 + lane_id() / 4, column = 2 * (lane_id() % 4);
+    float sum[2][2] = {};
+
+#pragma unroll
+    for (uint32_t j = 0; j < NARROW / 8; j++)
+        if (8 * j < width) {
+            float2 x = *(const float2 *)(v + 8 * j + column);
+            sum[j % 2][0] = fmaf(c[j][0], x.x, fmaf(c[j][1], x.y, sum[j % 2][0]));
+            sum[j % 2][1] = fmaf(c[j][2], x.x, fmaf(c[j][3], x.y, sum[j % 2][1]));
+        }
+    for (int i = 0; i < 2; i++) {
+        float x = sum[0][i] + sum[1][i];
+        x += __shfl_xor_sync(~0u, x, 1);
+        x += __shfl_xor_sync(~0u, x, 2);
+        if (column == 0 && row + 8 * i < width)
+            y[row + 8 * i] = x * factor;
+    }
+    __syncthreads();
+}
+
+// --- more: X^T (X v) ----------------------------------------------------------------------------
+
+/* y = X^T X v x factor; v NULL: the diagonal of X^T X. A warp a token. */
+template <class T>
+__device__ void wide_times(node &node, const tokens<T> &of, float scale, const float *v,
+                           float factor, float *y)
+{
+    float mean[8], of_v[8], sum[8] = {}, x[8];
+
+    part_of(of.place, node.mean, mean);
+    if (v)
+        part_of(of.place, v, of_v);
+#pragma unroll 4
+    for (uint32_t i = of.place.first; i < of.n; i += of.place.stride) {
+        float product = 0;
+        centred(of, mean, token_load(of, i), x);
+        for (int j = 0; j < 8; j++) {
+            x[j] *= scale;
+            if (v)
+                product = fmaf(x[j], of_v[j], product);
+        }
+        if (v)
+            product = row_sum(of.place, product);
+        for (int j = 0; j < 8; j++)
+            sum[j] = fmaf(v ? product * factor : x[j], x[j], sum[j]);
+    }
+    row_columns(of.place, of.width, sum, node.part, y);
+}
+
+// --- a node -------------------------------------------------------------------------------------
+
+/* v[0] becomes the unit vector of the largest variance, the first of equals; returns that. */
+__device__ float direction_begin(node &node, uint32_t width, const float *diagonal)
+{
+    uint32_t d = threadIdx.x;
+    float mine = d < width ? diagonal[d] : -1, largest = block_max(mine);
+    uint32_t widest = block_min(mine == largest ? d : width);
+
+    if (d < width)
+        node.v[0][d] = d == widest ? 1 : 0;
+    __syncthreads();
+    return largest;
+}
+
+/* v[0]: the widest direction, its largest coordinate 1. */
+template <class T, bool IS_NARROW>
+__device__ void node_direction(node &node, const tokens<T> &of, float scale, uint16_t *tile)
+{
+    covariance c = {};
+    float *diagonal = node.v[1];
+
+    if constexpr (IS_NARROW) {
+        node_covariance(node, of, scale, tile, c);
+        covariance_diagonal(c, of.width, diagonal);
+        __syncthreads();
+    } else {
+        wide_times(node, of, scale, NULL, 1, diagonal);
+    }
+    float largest = direction_begin(node, of.width, diagonal);
+    float factor = 1 / (12 * largest);
+    for (uint32_t i = 0; i < N_POWER_ITERATIONS && largest > FLT_MIN; i++) {
+        if constexpr (IS_NARROW)
+            covariance_times(c, of.width, node.v[i % 2], factor, node.v[(i + 1) % 2]);
+        else
+            wide_times(node, of, scale, node.v[i % 2], factor, node.v[(i + 1) % 2]);
+    }
+    uint32_t d = threadIdx.x;
+    largest = block_max(d < of.width ? fabsf(node.v[0][d]) : 0);
+    if (d < of.width)
+        node.v[0][d] /= largest;
+    __syncthreads();
+}
+
+/* Ranks of the projections. */
+template <class T> __device__ void node_project(const node &node, const tokens<T> &of)
+{
+    float mean[8], v[8], x[8];
+
+    part_of(of.place, node.mean, mean);
+    part_of(of.place, node.v[0], v);
+#pragma unroll 4
+    for (uint32_t i = of.place.first; i < of.n; i += of.place.stride) {
+        float sum = 0;
+        centred(of, mean, token_load(of, i), x);
+        for (int j = 0; j < 8; j++)
+            sum = fmaf(x[j], v[j], sum);
+        sum = row_sum(of.place, sum);
+        if (of.place.part == 0)
+            of.rank[i] = rank_of(sum);
+    }
+    __syncthreads();
 }
 
 /* Exclusive sum over the thread block; *total is the sum of all. */
-__device__ uint32_t block_scan(struct node &node, uint32_t x, uint32_t *total)
+__device__ uint32_t block_scan(node &node, uint32_t x, uint32_t *total)
 {
-    uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, sum = x, before = 0;
+    uint32_t lane = lane_id(), warp = threadIdx.x / 32, sum = x, before = 0;
 
     for (uint32_t offset = 1; offset < 32; offset *= 2) {
         uint32_t y = __shfl_up_sync(~0u, sum, offset);
@@ -53,184 +360,34 @@ __device__ uint32_t block_scan(struct node &node, uint32_t x, uint32_t *total)
         node.of_warp[warp] = sum;
     __syncthreads();
     *total = 0;
-    for (uint32_t i = 0; i < N_THREADS / 32; i++) {
+    for (uint32_t i = 0; i < N_WARPS; i++) {
         before += i < warp ? node.of_warp[i] : 0;
         *total += node.of_warp[i];
     }
     return before + sum - x;
 }
 
-/* The mean of every dimension; where threads are left over, they share the tokens. */
-__device__ void node_mean(struct node &node, const struct unit &unit, uint32_t n_tokens)
+/* At most COUNTED_TOKENS: each token counts those of a smaller projection, equals by position. */
+__device__ void split_counted(node &node, uint32_t n_tokens, uint32_t n_left, uint16_t *to)
 {
-    uint32_t width = unit.width, n_parts = N_THREADS / width, d = threadIdx.x % width,
-             part = threadIdx.x / width;
-    double sum = 0;
+    uint32_t i = threadIdx.x, mine = i < n_tokens ? node.rank[i] : 0, n_before = 0, total;
 
-    if (part < n_parts) {
-#pragma unroll 16
-        for (uint32_t i = part; i < n_tokens; i += n_parts)
-            sum += (double)token_key(unit, i)[d];
+    for (uint32_t j = 0; j < n_tokens && i < n_tokens; j += 4) {
+        uint4 of = *(const uint4 *)(node.rank + j);
+        n_before += (of.x < mine || (of.x == mine && j < i));
+        n_before += (of.y < mine || (of.y == mine && j + 1 < i));
+        n_before += (of.z < mine || (of.z == mine && j + 2 < i));
+        n_before += (of.w < mine || (of.w == mine && j + 3 < i));
     }
-    node.sum[threadIdx.x] = sum;
-    __syncthreads();
-    if (part == 0) {
-        for (uint32_t i = 1; i < n_parts; i++)
-            sum += node.sum[i * width + d];
-        node.mean[d] = sum / n_tokens;
-    }
-    __syncthreads();
+    bool is_left = i < n_tokens && n_before < n_left;
+    uint32_t before = block_scan(node, is_left, &total);
+    if (i < n_tokens)
+        to[is_left ? before : n_left + i - before] = node.order[i];
 }
 
-/* 1 / the largest |k - mean| of all tokens; 0 when all are one. */
-__device__ double unit_scale(struct node &node, const struct unit &unit, uint32_t n_tokens)
-{
-    double largest = 0;
-
-    node_mean(node, unit, n_tokens);
-    for (uint32_t i = threadIdx.x; i < n_tokens * unit.width; i += N_THREADS)
-        largest = fmax(largest, fabs((double)unit.k[i] - node.mean[i % unit.width]));
-    largest = block_reduce(largest, [](double a, double b) { return fmax(a, b); });
-    return largest > 0 ? 1 / largest : 0;
-}
-
-/* X = (keys - mean) x scale of up to n tokens, the rest 0. */
-__device__ void chunk_load(struct node &node, const struct unit &unit, uint32_t first, uint32_t n,
-                           uint32_t n_tokens)
-{
-    __syncthreads();
-#pragma unroll 4
-    for (uint32_t i = threadIdx.x; i < n * unit.width; i += N_THREADS) {
-        uint32_t t = i / unit.width, d = i % unit.width;
-        node.x[i] =
-            first + t < n_tokens
-                ? (float)(((double)token_key(unit, first + t)[d] - node.mean[d]) * unit.scale)
-                : 0;
-    }
-    __syncthreads();
-}
-
-/* Tile (row, column), row <= column, of n x n: of dimensions row + n i and column + n j. */
-__device__ void tile_at(uint32_t idx, uint32_t n, uint32_t *row, uint32_t *column)
-{
-    for (*row = 0; idx >= n - *row; ++*row)
-        idx -= n - *row;
-    *column = *row + idx;
-}
-
-/* Triangular numbers are all different modulo 32 for 32 rows: neither a row nor a column of the
- * triangle, a thread an element, meets a bank twice. */
-__device__ uint32_t c_at(uint32_t p, uint32_t q)
-{
-    return p >= q ? p * (p + 1) / 2 + q : q * (q + 1) / 2 + p;
-}
-
-/* C = X^T X. */
-__device__ void node_covariance(struct node &node, const struct unit &unit, uint32_t n_tokens)
-{
-    uint32_t n = unit.width / N_TILE, n_tiles = n * (n + 1) / 2;
-    uint32_t n_chunk = CHUNK_FLOATS / unit.width;
-
-    for (uint32_t first = 0; first < n_tiles; first += N_THREADS) {
-        uint32_t idx = first + threadIdx.x, row = 0, column = 0;
-        bool has_tile = idx < n_tiles;
-        float c[N_TILE][N_TILE] = {};
-
-        if (has_tile)
-            tile_at(idx, n, &row, &column);
-        for (uint32_t token = 0; token < n_tokens; token += n_chunk) {
-            uint32_t n_here = min(n_chunk, n_tokens - token);
-            chunk_load(node, unit, token, n_here, n_tokens);
-            for (uint32_t t = 0; t < n_here && has_tile; t++) {
-                const float *x = node.x + t * unit.width;
-                float a[N_TILE], b[N_TILE];
-                for (uint32_t i = 0; i < N_TILE; i++) {
-                    a[i] = x[row + n * i];
-                    b[i] = x[column + n * i];
-                }
-                for (uint32_t i = 0; i < N_TILE; i++)
-                    for (uint32_t j = 0; j < N_TILE; j++)
-                        c[i][j] = fmaf(a[i], b[j], c[i][j]);
-            }
-        }
-        for (uint32_t i = 0; i < N_TILE && has_tile; i++)
-            for (uint32_t j = 0; j < N_TILE; j++) {
-                uint32_t p = row + n * i, q = column + n * j;
-                unit.c[c_at(p, q)] = c[i][j];
-            }
-    }
-    __syncthreads();
-}
-
-/* The dimension of the largest variance, the first of equals; its variance. */
-__device__ uint32_t node_widest(const struct unit &unit, float *largest)
-{
-    uint32_t d = threadIdx.x;
-    float mine = d < unit.width ? unit.c[c_at(d, d)] : -1;
-
-    *largest = block_max(mine);
-    return block_min(mine == *largest ? d : unit.width);
-}
-
-/* v becomes C v / |C v|, C relative to its largest; several threads share a row. */
-__device__ void power_step(struct node &node, const struct unit &unit, float inverse)
-{
-    uint32_t width = unit.width, n_parts = N_THREADS / width, row = threadIdx.x % width,
-             part = threadIdx.x / width;
-    float sum = 0;
-
-    if (part < n_parts) {
-#pragma unroll 8
-        for (uint32_t d = part; d < width; d += n_parts)
-            sum = fmaf(unit.c[c_at(row, d)], node.v[d], sum);
-        sum *= inverse;
-    }
-    node.part[threadIdx.x] = sum;
-    __syncthreads();
-    for (uint32_t i = 1; i < n_parts && part == 0; i++)
-        sum += node.part[i * width + row];
-    float square = block_reduce(part == 0 ? sum * sum : 0, [](float a, float b) { return a + b; });
-    if (part == 0)
-        node.v[row] = sum / sqrtf(square);
-    __syncthreads();
-}
-
-/* The widest direction, by power iteration from the dimension of the largest variance. */
-__device__ void node_direction(struct node &node, const struct unit &unit, uint32_t n_tokens)
-{
-    float largest;
-
-    node_covariance(node, unit, n_tokens);
-    uint32_t widest = node_widest(unit, &largest);
-    if (threadIdx.x < unit.width)
-        node.v[threadIdx.x] = threadIdx.x == widest ? 1 : 0;
-    __syncthreads();
-    for (uint32_t i = 0; i < N_POWER_ITERATIONS && largest > FLT_MIN; i++)
-        power_step(node, unit, 1 / largest);
-}
-
-/* Ranks of the projections: a warp a token. */
-__device__ void node_project(const struct node &node, const struct unit &unit, uint32_t n_tokens)
-{
-    uint32_t lane = threadIdx.x % 32;
-
-#pragma unroll 2
-    for (uint32_t i = threadIdx.x / 32; i < n_tokens; i += N_THREADS / 32) {
-        const float *k = token_key(unit, i);
-        double sum = 0;
-        for (uint32_t d = lane; d < unit.width; d += 32)
-            sum = fma((double)k[d] - node.mean[d], (double)node.v[d], sum);
-        for (int offset = 16; offset > 0; offset /= 2)
-            sum += __shfl_xor_sync(~0u, sum, offset);
-        if (lane == 0)
-            unit.rank[i] = rank_of((float)sum);
-    }
-    __syncthreads();
-}
-
-/* The rank of the n-th smallest, n >= 1; *n_below becomes how many of its equals are among them. */
-__device__ uint32_t node_threshold(struct node &node, const struct unit &unit, uint32_t n_tokens,
-                                   uint32_t n, uint32_t *n_equal)
+/* The rank of the n-th smallest, n >= 1; *n_equal becomes how many of its equals are among them. */
+__device__ uint32_t node_threshold(node &node, const uint32_t *rank, uint32_t n_tokens, uint32_t n,
+                                   uint32_t *n_equal)
 {
     uint32_t found = 0, total;
 
@@ -238,8 +395,8 @@ __device__ uint32_t node_threshold(struct node &node, const struct unit &unit, u
         node.histogram[threadIdx.x] = 0;
         __syncthreads();
         for (uint32_t i = threadIdx.x; i < n_tokens; i += N_THREADS)
-            if (shift == 24 || unit.rank[i] >> (shift + 8) == found)
-                atomicAdd(&node.histogram[unit.rank[i] >> shift & 255], 1);
+            if (shift == 24 || rank[i] >> (shift + 8) == found)
+                atomicAdd(&node.histogram[rank[i] >> shift & 255], 1);
         __syncthreads();
         uint32_t count = node.histogram[threadIdx.x], before = block_scan(node, count, &total);
         if (before < n && n <= before + count) {
@@ -256,250 +413,119 @@ __device__ uint32_t node_threshold(struct node &node, const struct unit &unit, u
 }
 
 /* The n_left tokens of the smallest projections first, equals by position; both in its order. */
-__device__ void node_split(struct node &node, const struct unit &unit, uint32_t n_tokens,
-                           uint32_t n_left)
+template <class T>
+__device__ void node_split(node &node, const tokens<T> &of, uint32_t n_left, uint16_t *to)
 {
-    uint32_t n_equal_left, threshold = node_threshold(node, unit, n_tokens, n_left, &n_equal_left);
+    if (of.n <= COUNTED_TOKENS) {
+        split_counted(node, of.n, n_left, to);
+        return;
+    }
+    uint32_t n_equal_left, threshold = node_threshold(node, of.rank, of.n, n_left, &n_equal_left);
     uint32_t n_less = 0, n_equal = 0, total;
 
-    for (uint32_t first = 0; first < n_tokens; first += N_THREADS) {
+    for (uint32_t first = 0; first < of.n; first += N_THREADS) {
         uint32_t i = first + threadIdx.x;
-        bool is_less = i < n_tokens && unit.rank[i] < threshold;
-        bool is_equal = i < n_tokens && unit.rank[i] == threshold;
+        bool is_less = i < of.n && of.rank[i] < threshold;
+        bool is_equal = i < of.n && of.rank[i] == threshold;
         uint32_t before = block_scan(node, (uint32_t)is_equal << 16 | is_less, &total);
         uint32_t equal_before = n_equal + (before >> 16);
         uint32_t left_before = n_less + (before & 0xffff) + min(equal_before, n_equal_left);
         bool is_left = is_less || (is_equal && equal_before < n_equal_left);
-        if (i < n_tokens)
-            unit.moved[is_left ? left_before : n_left + i - left_before] = unit.order[i];
+        if (i < of.n)
+            to[is_left ? left_before : n_left + i - left_before] = of.order[i];
         n_less += total & 0xffff;
         n_equal += total >> 16;
     }
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < n_tokens; i += N_THREADS)
-        unit.order[i] = unit.moved[i];
-    __syncthreads();
 }
 
-__host__ __device__ size_t unit_scratch_bytes(uint32_t n_blocks)
-{
-    return (size_t)16 * n_blocks * (sizeof(uint32_t) + sizeof(uint16_t));
-}
-
-__global__ void __launch_bounds__(N_THREADS, 2)
-    bisect(uint32_t width, uint32_t n_blocks, const float *k, uint16_t *order, uint8_t *scratch)
-{
-    extern __shared__ double memory[];
-    struct node &node = *(struct node *)memory;
-    uint32_t n_tokens = 16 * n_blocks, depth = 1;
-    uint32_t stack[16] = {n_blocks}; /* first block << 16 | blocks; the right half waits below */
-    uint32_t *rank = (uint32_t *)(scratch + blockIdx.x * unit_scratch_bytes(n_blocks));
-    struct unit unit = {};
-
-    unit.width = width;
-    unit.k = k + (size_t)blockIdx.x * n_tokens * width;
-    unit.c = (float *)(&node + 1);
-    order += (size_t)blockIdx.x * n_tokens;
-    for (uint32_t t = threadIdx.x; t < n_tokens; t += N_THREADS)
-        order[t] = (uint16_t)t;
-    __syncthreads();
-    unit.order = order;
-    unit.scale = unit_scale(node, unit, n_tokens);
-    while (depth > 0) {
-        uint32_t first = stack[--depth] >> 16, n = stack[depth] & 0xffff, n_left = (n + 1) / 2;
-        if (n <= 1)
-            continue;
-        unit.order = order + 16 * first;
-        unit.rank = rank + 16 * first;
-        unit.moved = (uint16_t *)(rank + n_tokens) + 16 * first;
-        node_mean(node, unit, 16 * n);
-        node_direction(node, unit, 16 * n);
-        node_project(node, unit, 16 * n);
-        node_split(node, unit, 16 * n, 16 * n_left);
-        stack[depth++] = (first + n_left) << 16 | (n - n_left);
-        stack[depth++] = first << 16 | n_left;
-    }
-}
-
-/* fp64 to the next fp32 that is not below it. */
-__device__ float round_up(double x)
-{
-    return __double2float_ru(x);
-}
-
-__device__ int clamp_round(float x, int largest)
-{
-    float y = rintf(x);
-    return y > (float)largest ? largest : y < (float)-largest ? -largest : (int)y;
-}
-
-/* x of this thread's dimension as int8 times the returned scale, absmax / 127. */
-__device__ float quantise(float x, int8_t *ret)
-{
-    float scale = block_max(fabsf(x)) / 127.0f;
-    *ret = scale > 0 ? (int8_t)clamp_round(x / scale, 127) : 0;
-    return scale;
-}
-
-/* Of the tokens of one block, in shared memory. */
-struct members {
-    const float *k[16], *v[16];
-    float mu[WIDTH_MAX]; /* the stored centroid */
-    double exact_mu[WIDTH_MAX], var[WIDTH_MAX], distance[16];
+/* Of a unit: its scale, ranks and places of nodes too large for shared memory. */
+struct unit_scratch {
+    float *scale;
+    uint32_t *rank;
+    uint16_t *order;
 };
 
-/* Mean of dimension d of 16 rows; *var is their variance. */
-__device__ double rows_mean(const float *const *row, uint32_t d, double *var)
+__device__ unit_scratch unit_scratch_of(void *scratch, uint32_t n_blocks)
 {
-    double sum = 0, square = 0;
-
-    for (uint32_t i = 0; i < 16; i++)
-        sum += (double)row[i][d];
-    sum /= 16;
-    for (uint32_t i = 0; i < 16; i++)
-        square += ((double)row[i][d] - sum) * ((double)row[i][d] - sum);
-    *var = square / 16;
-    return sum;
+    uint8_t *at =
+        (uint8_t *)scratch + (size_t)blockIdx.y * winnow_gpu_build_scratch_bytes(n_blocks);
+    unit_scratch of = {(float *)at, (uint32_t *)(at + 16), NULL};
+    of.order = (uint16_t *)(of.rank + 16 * n_blocks);
+    return of;
 }
 
-/* Of x to y; NULL: to 0. */
-__device__ double distance(uint32_t width, const float *x, const double *y)
+/* Blocks of node `idx` of a level: the bits of idx, from the top, say left or right. */
+__device__ void node_blocks(uint32_t level, uint32_t idx, uint32_t *first, uint32_t *n)
 {
-    double square = 0;
-#pragma unroll 16
-    for (uint32_t d = 0; d < width; d++) {
-        double difference = (double)x[d] - (y ? y[d] : 0);
-        square += difference * difference;
-    }
-    return sqrt(square);
-}
-
-/* Codes of this warp's tokens: x = k - mu, a = max|x| / 7 as fp16, c = x / a rounded. */
-__device__ void code_keys(const struct members &members, uint32_t width, uint8_t *code,
-                          uint16_t *code_scale)
-{
-    uint32_t lane = threadIdx.x % 32;
-
-    for (uint32_t t = threadIdx.x / 32; t < 16; t += N_THREADS / 32) {
-        const float *k = members.k[t];
-        float largest = 0;
-        for (uint32_t d = lane; d < width; d += 32)
-            largest = fmaxf(largest, fabsf(k[d] - members.mu[d]));
-        for (int offset = 16; offset > 0; offset /= 2)
-            largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
-        uint16_t a_bits = float_to_fp16(largest / 7.0f);
-        float a = fp16_to_float(a_bits);
-        bool is_codable = a > 0 && a < INFINITY;
-        if (lane == 0)
-            code_scale[t] = a_bits;
-        for (uint32_t byte = lane; byte < width / 2; byte += 32) {
-            uint32_t low = byte / 4 * 8 + byte % 4, high = low + 4;
-            int c_low = is_codable ? clamp_round((k[low] - members.mu[low]) / a, 7) : 0;
-            int c_high = is_codable ? clamp_round((k[high] - members.mu[high]) / a, 7) : 0;
-            code[(byte / 4 * 16 + t) * 4 + byte % 4] = (uint8_t)((c_low + 8) | (c_high + 8) << 4);
-        }
+    while (level-- > 0) {
+        uint32_t n_left = (*n + 1) / 2;
+        bool is_right = idx >> level & 1;
+        *first += is_right ? n_left : 0;
+        *n = is_right ? *n - n_left : n_left;
     }
 }
 
-__device__ void fill_keys(struct members &members, uint32_t width, size_t b,
-                          const struct winnow_index_view &view)
+/* Thread block (node, unit). */
+template <class T, bool IS_NARROW>
+__global__ void __launch_bounds__(N_THREADS, 2)
+    bisect(const __grid_constant__ winnow_gpu_build build, uint32_t level)
 {
-    uint32_t d = threadIdx.x;
-    struct winnow_block_head *head = view.head + b;
-    double mean = 0, spread = 0, radius = 0;
-    int8_t q;
+    __shared__ struct node node;
+    __shared__ __align__(16) uint16_t tile[IS_NARROW ? TILE_TOKENS * TILE_STRIDE : 1];
+    uint32_t n_blocks = build.index.n_blocks, first = 0, n = n_blocks;
+    unit_scratch scratch = unit_scratch_of(build.scratch, n_blocks);
+    uint16_t *order = build.order + (size_t)blockIdx.y * 16 * n_blocks;
+    tokens<T> of = {};
 
-    if (d < width) {
-        mean = rows_mean(members.k, d, &members.var[d]);
-        if (view.var)
-            view.var[b * width + d] = float_to_fp16((float)fmin(members.var[d], 65504.0));
-    }
-    float scale = quantise((float)mean, &q);
-    if (d < width) {
-        view.centroid[b * width + d] = q;
-        members.mu[d] = (float)q * scale;
-        members.exact_mu[d] = (double)q * (double)scale;
-    }
-    __syncthreads();
-    if (d < 16)
-        members.distance[d] = distance(width, members.k[d], members.exact_mu);
-    code_keys(members, width, view.code + b * 8 * width, view.code_scale + 16 * b);
-    __syncthreads();
-    if (d > 0)
+    node_blocks(level, blockIdx.x, &first, &n);
+    if (n <= 1 && level > 0)
         return;
-    for (uint32_t i = 0; i < width; i++)
-        spread += members.var[i];
-    for (uint32_t t = 0; t < 16; t++)
-        radius = fmax(radius, members.distance[t]);
-    head->centroid_scale = scale;
-    head->spread = (float)fmin(spread / width, (double)FLT_MAX);
-    head->radius = round_up(radius);
-}
-
-/* Thread block (b, unit): a block of a unit. */
-__global__ void __launch_bounds__(N_THREADS) index_fill(struct winnow_gpu_build build)
-{
-    __shared__ struct members members;
-    uint32_t n_blocks = build.index.n_blocks, d = threadIdx.x;
-    size_t unit = blockIdx.y, b = unit * n_blocks + blockIdx.x;
-    int8_t q;
-    double var;
-
-    if (d < 16) {
-        size_t token = unit * 16 * n_blocks + build.order[16 * b + d];
-        members.k[d] = build.k + token * build.k_width;
-        members.v[d] = build.v + token * build.v_width;
-    }
+    of.n = 16 * n;
+    of.width = build.k_width;
+    of.k = (const T *)build.k + (size_t)blockIdx.y * 16 * n_blocks * build.k_width;
+    of.place = row_place_of(build.k_width);
+    of.rank = of.n <= SHARED_TOKENS ? node.rank : scratch.rank + 16 * first;
+    uint16_t *places = of.n <= SHARED_TOKENS ? node.order : scratch.order + 16 * first;
+    order += 16 * first;
+    for (uint32_t i = threadIdx.x; i < of.n; i += N_THREADS)
+        places[i] = level > 0 ? order[i] : (uint16_t)i;
     __syncthreads();
-    fill_keys(members, build.k_width, b, build.index);
-    double mean = d < build.v_width ? rows_mean(members.v, d, &var) : 0;
-    float scale = quantise((float)mean, &q);
-    if (d < build.v_width)
-        build.index.vmean[b * build.v_width + d] = q;
-    if (d == 0)
-        build.index.head[b].vmean_scale = scale;
-    if (d < 16) /* lengths are positive: as integers they order as they do */
-        atomicMax((unsigned *)build.index.v_max + unit,
-                  __float_as_uint(round_up(distance(build.v_width, members.v[d], NULL))));
+    of.order = places;
+    if (n == 1) {
+        if (threadIdx.x < 16)
+            order[threadIdx.x] = (uint16_t)threadIdx.x;
+        return;
+    }
+    of.scale = level > 0 ? *scratch.scale : unit_scale(of);
+    if (level == 0 && threadIdx.x == 0)
+        *scratch.scale = of.scale;
+    float scale = node_mean(node, of);
+    if (scale > 0)
+        node_direction<T, IS_NARROW>(node, of, scale, tile);
+    else if (threadIdx.x < of.width)
+        node.v[0][threadIdx.x] = 0;
+    __syncthreads();
+    node_project(node, of);
+    node_split(node, of, 16 * ((n + 1) / 2), order);
 }
 
-/* Thread block (unit, K or V): the mean of a segment, a thread a dimension. */
-__global__ void segment_mean(struct winnow_gpu_build build)
+template <class T> void bisect_launch(const winnow_gpu_build &build, cudaStream_t stream)
 {
-    uint32_t width = blockIdx.y ? build.v_width : build.k_width, d = threadIdx.x;
-    uint32_t n_tokens = 16 * build.index.n_blocks;
-    const float *x = (blockIdx.y ? build.v : build.k) + (size_t)blockIdx.x * n_tokens * width;
-    float *mean = (blockIdx.y ? build.index.mean_v : build.index.mean_k) + blockIdx.x * width;
-    double sum = 0;
+    auto kernel = build.k_width <= NARROW ? bisect<T, true> : bisect<T, false>;
 
-    if (d >= width)
-        return;
-#pragma unroll 8
-    for (uint32_t t = 0; t < n_tokens; t++)
-        sum += (double)x[(size_t)t * width + d];
-    mean[d] = (float)(sum / n_tokens);
+    for (uint32_t level = 0; level == 0 || 1u << level < build.index.n_blocks; level++)
+        kernel<<<dim3(1u << level, build.n_units), N_THREADS, 0, stream>>>(build, level);
 }
 } /* namespace */
 
-size_t winnow_gpu_build_scratch_bytes(uint32_t n_blocks)
-{
-    return unit_scratch_bytes(n_blocks);
-}
-
 cudaError_t winnow_gpu_build_launch(const struct winnow_gpu_build *build, cudaStream_t stream)
 {
-    uint32_t n_blocks = build->index.n_blocks, width = build->k_width;
-    size_t shared_bytes = sizeof(struct node) + (size_t)width * (width + 1) / 2 * sizeof(float);
-    cudaError_t error = cudaFuncSetAttribute(bisect, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             (int)shared_bytes);
-    if (error != cudaSuccess)
-        return error;
-    error = cudaMemsetAsync(build->index.v_max, 0, build->n_units * sizeof(float), stream);
-    if (error != cudaSuccess)
-        return error;
-    bisect<<<build->n_units, N_THREADS, shared_bytes, stream>>>(
-        width, n_blocks, build->k, build->order, (uint8_t *)build->scratch);
-    index_fill<<<dim3(n_blocks, build->n_units), N_THREADS, 0, stream>>>(*build);
-    segment_mean<<<dim3(build->n_units, 2), WIDTH_MAX, 0, stream>>>(*build);
-    return cudaGetLastError();
+    if (build->dtype == WINNOW_FP32)
+        bisect_launch<float>(*build, stream);
+    else if (build->dtype == WINNOW_FP16)
+        bisect_launch<__half>(*build, stream);
+    else
+        bisect_launch<__nv_bfloat16>(*build, stream);
+    cudaError_t error = cudaGetLastError();
+    return error != cudaSuccess ? error : winnow_gpu_build_index(build, stream);
 }

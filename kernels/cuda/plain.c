@@ -8,6 +8,7 @@
  */
 #include <base/assert.h>
 #include <errno.h>
+#include <kernels/cuda/build.h>
 #include <kernels/cuda/plain.h>
 #include <kernels/ref/ref.h>
 #include <pthread.h>
@@ -198,6 +199,7 @@ static int build(const struct winnow_model_shape *shape, uint32_t n_blocks, cons
         struct winnow_gpu_build launch = {
             .k_width = shape->k_width,
             .v_width = shape->v_width,
+            .dtype = WINNOW_FP32,
             .n_units = 1,
             .k = k_at,
             .v = v_at,

@@ -1,7 +1,7 @@
 /*
  * The plain kernels: kernels.h's entries over device memory, put into a stream. plain.c copies in
- * and out around them; build serves sealing too. Pointers are to device memory, results those of
- * ref/ but for exp and log. Errors: a cudaError_t, 0 is success.
+ * and out around them; build's are build.h's. Pointers are to device memory, results those of ref/
+ * but for exp and log. Errors: a cudaError_t, 0 is success.
  */
 #pragma once
 
@@ -22,18 +22,6 @@ cudaError_t winnow_gpu_block_pack(const struct winnow_model_shape *, uint32_t fi
                                   const float *k, const float *v, void *block, cudaStream_t);
 cudaError_t winnow_gpu_block_unpack(const struct winnow_model_shape *, const void *block, float *k,
                                     float *v, cudaStream_t);
-
-/* n_units segments (of a layer and KV head each) clustered and indexed by one launch. All arrays
- * are kernels.h's, one unit after the other; keys and values are finite. */
-struct winnow_gpu_build {
-    uint32_t k_width, v_width, n_units;
-    const float *k, *v;             /* [unit][16 n_blocks][width] */
-    uint16_t *order;                /* [unit][16 n_blocks] */
-    struct winnow_index_view index; /* of unit 0 */
-    void *scratch;                  /* winnow_gpu_build_scratch_bytes for each unit */
-};
-size_t winnow_gpu_build_scratch_bytes(uint32_t n_blocks);
-cudaError_t winnow_gpu_build_launch(const struct winnow_gpu_build *, cudaStream_t);
 
 /* As kernels.h says; view holds device pointers. */
 cudaError_t winnow_gpu_score(const struct winnow_model_shape *, uint32_t policy,

@@ -136,6 +136,15 @@ __host__ __device__
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+/* Scratch of a unit that is built: the scale of its keys, ranks and places of its tokens. */
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+static inline uint64_t winnow_gpu_build_scratch_bytes(uint32_t n_blocks)
+{
+    return 16 + UINT64_C(16) * n_blocks * (sizeof(uint32_t) + sizeof(uint16_t));
+}
+
 /* By value to every kernel. */
 struct winnow_gpu_view {
     uint32_t n_layers, n_q_heads, n_kv_heads, n_group; /* n_group = G */

@@ -17,6 +17,7 @@
  *   slots     the cache: blocks of layout 2, shared by layers, heads and sessions; a hand a layer
  *   tails     session slots: sinks, and a ring of tail blocks, of every layer and KV head
  *   scratch   estimates, lists and partials of one launch
+ *   builds    keys, values and results of the jobs that are out
  * Every sealed block has a **home**: its offset in the host arena in pages of 4,096 bytes, or
  * WINNOW_GPU_ON_DISK.
  *
@@ -43,6 +44,7 @@ extern "C" {
 
 enum {
     WINNOW_GPU_ITEMS_MAX = 256,
+    WINNOW_GPU_BUILDS_MAX = 4,        /* jobs out at once */
     WINNOW_GPU_ON_DISK = 0xffffffffu, /* a home: not in the host arena */
 };
 
@@ -64,7 +66,7 @@ struct winnow_gpu_options {
 
 /* What create would reserve. */
 struct winnow_gpu_sizes {
-    uint64_t index_bytes, tail_bytes, cache_bytes, scratch_bytes, other_bytes;
+    uint64_t index_bytes, tail_bytes, cache_bytes, scratch_bytes, build_bytes, other_bytes;
     uint64_t segment_bytes, session_bytes; /* of one slot */
 };
 
@@ -158,6 +160,24 @@ struct winnow_gpu_api {
     /* 1: that launch and all before it are complete, their certificates are written. 0: not yet.
      * -EIO. wait: waits for it. */
     int (*poll)(struct winnow_gpu *, int64_t ticket, bool wait);
+
+    /*
+     * A job: one layer's span of a segment is clustered and indexed, beside what decode does and
+     * after it where both want the same (streams of the lowest priority).
+     *   homes [n_kv_heads][S / 16]: the span's blocks in position order, full, finite, in the
+     *     arena; the job reads them until it is complete
+     * A ticket > 0; -EINVAL (a home beyond the arena or on disk), -EBUSY (BUILDS_MAX are out), -EIO.
+     */
+    int64_t (*build)(struct winnow_gpu *, const uint32_t *homes);
+    /* 1: complete, the job is gone; written are, as kernels.h's build says,
+     *   order [n_kv_heads] -> [S], views [n_kv_heads] of S / 16 blocks, host memory; var NULL
+     * 0: not yet. Any order of jobs. wait: waits for it. -EINVAL (no such job, or views), -EIO:
+     * nothing is written.
+     * The same blocks give the same bits, which need not be those of another version: the promises
+     * of ref's build hold (permutation, blocks of 16 in position order, index of its own members,
+     * summed variance at most 1.01 times ref's). */
+    int (*build_poll)(struct winnow_gpu *, int64_t ticket, bool wait, uint16_t *const *order,
+                      const struct winnow_index_view *views);
 
     int (*counters)(struct winnow_gpu *, uint32_t layer, struct winnow_gpu_counters *); /* waits */
     /* The plain entries of kernels.h over host memory, each a launch that waits: tests, oracles. An

@@ -20,6 +20,8 @@ winnow_gpu_find(uint32_t version)
         .tail_put = winnow_gpu_tail_put,
         .decode = winnow_gpu_decode,
         .poll = winnow_gpu_poll,
+        .build = winnow_gpu_build,
+        .build_poll = winnow_gpu_build_poll,
         .counters = winnow_gpu_counters,
         .kernels = winnow_gpu_plain,
     };

@@ -12,7 +12,7 @@
 #include <kernels/cuda/state.h>
 #include <stdio.h>
 
-static cudaError_t pinned_alloc(void *pointer, uint64_t n_bytes)
+cudaError_t winnow_gpu_pinned_alloc(void *pointer, uint64_t n_bytes)
 {
     return cudaHostAlloc(pointer, n_bytes > 0 ? n_bytes : 1,
                          cudaHostAllocPortable | cudaHostAllocMapped);
@@ -22,13 +22,14 @@ static cudaError_t flight_create(struct winnow_gpu *gpu, struct winnow_gpu_fligh
 {
     const struct winnow_gpu_layout *layout = &gpu->layout;
     uint64_t n_items = gpu->options.n_items_max;
-    cudaError_t error = pinned_alloc(
+    cudaError_t error = winnow_gpu_pinned_alloc(
         &flight->launch, winnow_gpu_layout_launch_bytes(layout, gpu->options.n_items_max));
 
     if (error == cudaSuccess)
-        error = pinned_alloc(&flight->out, n_items * layout->out_bytes);
+        error = winnow_gpu_pinned_alloc(&flight->out, n_items * layout->out_bytes);
     if (error == cudaSuccess)
-        error = pinned_alloc(&flight->disk_block, layout->n_blocks_max * sizeof(uint32_t));
+        error =
+            winnow_gpu_pinned_alloc(&flight->disk_block, layout->n_blocks_max * sizeof(uint32_t));
     if (error == cudaSuccess)
         error = cudaEventCreateWithFlags(&flight->event, cudaEventDisableTiming);
     return error;
@@ -36,7 +37,7 @@ static cudaError_t flight_create(struct winnow_gpu *gpu, struct winnow_gpu_fligh
 
 static cudaError_t staging_create(struct winnow_gpu *gpu, struct winnow_gpu_staging *staging)
 {
-    cudaError_t error = pinned_alloc(&staging->memory, gpu->staging_bytes);
+    cudaError_t error = winnow_gpu_pinned_alloc(&staging->memory, gpu->staging_bytes);
 
     if (error == cudaSuccess)
         error = cudaEventCreateWithFlags(&staging->event, cudaEventDisableTiming);
@@ -60,7 +61,7 @@ static uint64_t staging_bytes_of(const struct winnow_gpu *gpu)
 
 static cudaError_t host_create(struct winnow_gpu *gpu)
 {
-    cudaError_t error = pinned_alloc((void *)&gpu->done, sizeof *gpu->done);
+    cudaError_t error = winnow_gpu_pinned_alloc((void *)&gpu->done, sizeof *gpu->done);
 
     if (error == cudaSuccess)
         *gpu->done = 0;
@@ -166,6 +167,8 @@ static cudaError_t device_create(struct winnow_gpu *gpu)
     if (error == cudaSuccess)
         error = graphs_create(gpu);
     if (error == cudaSuccess)
+        error = winnow_gpu_builders_create(gpu);
+    if (error == cudaSuccess)
         error = cudaStreamSynchronize(gpu->stream);
     return error;
 }
@@ -234,6 +237,7 @@ void winnow_gpu_destroy(struct winnow_gpu *gpu)
     cudaSetDevice(gpu->device->ordinal);
     if (gpu->stream)
         cudaStreamSynchronize(gpu->stream);
+    winnow_gpu_builders_destroy(gpu);
     for (int i = 0; i < WINNOW_GPU_KINDS * WINNOW_GPU_BUCKETS; i++)
         if (gpu->graph[i / WINNOW_GPU_BUCKETS][i % WINNOW_GPU_BUCKETS])
             cudaGraphExecDestroy(gpu->graph[i / WINNOW_GPU_BUCKETS][i % WINNOW_GPU_BUCKETS]);

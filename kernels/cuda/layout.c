@@ -190,6 +190,52 @@ static void launch_areas(struct winnow_gpu_layout *layout, const struct winnow_g
     area_add(layout, &view->partial, times(n_partials, partial_floats * sizeof *view->partial), of);
 }
 
+/* An array after those before it. */
+static void *array_place(uint8_t *memory, uint64_t *at, uint64_t n_bytes)
+{
+    void *place = (void *)((uintptr_t)memory + *at);
+    *at = plus(*at, (n_bytes + 15) / 16 * 16);
+    return place;
+}
+
+uint64_t winnow_gpu_layout_result(const struct winnow_gpu_view *view, uint8_t *memory,
+                                  struct winnow_gpu_result *ret_result)
+{
+    uint64_t at = 0, n_heads = view->n_kv_heads, n = n_heads * view->span_blocks;
+    struct winnow_index_view *index = &ret_result->index;
+
+    *ret_result = (struct winnow_gpu_result){0};
+    ret_result->order = array_place(memory, &at, 16 * n * sizeof *ret_result->order);
+    index->n_blocks = view->span_blocks;
+    index->head = array_place(memory, &at, n * sizeof *index->head);
+    index->centroid = array_place(memory, &at, n * view->k_width);
+    index->vmean = array_place(memory, &at, n * view->v_width);
+    index->code = array_place(memory, &at, 8 * n * view->k_width);
+    index->code_scale = array_place(memory, &at, 16 * n * sizeof *index->code_scale);
+    index->mean_k = array_place(memory, &at, n_heads * view->k_width * sizeof *index->mean_k);
+    index->mean_v = array_place(memory, &at, n_heads * view->v_width * sizeof *index->mean_v);
+    index->v_max = array_place(memory, &at, n_heads * sizeof *index->v_max);
+    return at;
+}
+
+static void build_areas(struct winnow_gpu_layout *layout)
+{
+    const struct winnow_gpu_view *view = &layout->view;
+    uint64_t n_tokens = (uint64_t)view->n_kv_heads * view->span_blocks * WINNOW_BLOCK_TOKENS;
+    uint64_t *of = &layout->sizes.build_bytes;
+    struct winnow_gpu_result result;
+
+    layout->build_keys_bytes = aligned(n_tokens * view->k_width * 2);
+    layout->build_rows_bytes = layout->build_keys_bytes + aligned(n_tokens * view->v_width * 2);
+    layout->build_result_bytes = aligned(winnow_gpu_layout_result(view, NULL, &result));
+    layout->build_scratch_bytes =
+        aligned(view->n_kv_heads * winnow_gpu_build_scratch_bytes(view->span_blocks));
+    area_add(layout, &layout->build_rows, WINNOW_GPU_BUILDS_MAX * layout->build_rows_bytes, of);
+    area_add(layout, &layout->build_result, WINNOW_GPU_BUILDS_MAX * layout->build_result_bytes, of);
+    area_add(layout, &layout->build_scratch, WINNOW_GPU_BUILDS_MAX * layout->build_scratch_bytes,
+             of);
+}
+
 static void item_layout(struct winnow_gpu_layout *layout)
 {
     const struct winnow_gpu_view *view = &layout->view;
@@ -221,6 +267,7 @@ int winnow_gpu_layout_init(struct winnow_gpu_layout *layout,
     layout->n_blocks_max = options->n_launch_blocks_max * options->shape.n_kv_heads;
     item_layout(layout);
     resident_areas(layout, options);
+    build_areas(layout);
     launch_areas(layout, options);
     if (layout->n_bytes > UINT64_C(1) << 48) {
         snprintf(text, 256,
@@ -252,10 +299,10 @@ int winnow_gpu_sizes(const struct winnow_gpu_options *options, struct winnow_gpu
     const double mib = 0x1p-20;
     snprintf(text, 256,
              "index %u segments x %.2f MiB, cache %u slots x %u bytes, tails %u sessions x %.2f "
-             "MiB, launch %.2f MiB, tables %.2f MiB: %.2f GiB",
+             "MiB, launch %.2f MiB, builds %.2f MiB, tables %.2f MiB: %.2f GiB",
              options->n_segments_max, (double)sizes->segment_bytes * mib, options->n_slots,
              layout.view.block_bytes, options->n_sessions_max, (double)sizes->session_bytes * mib,
-             (double)sizes->scratch_bytes * mib, (double)sizes->other_bytes * mib,
-             (double)layout.n_bytes * 0x1p-30);
+             (double)sizes->scratch_bytes * mib, (double)sizes->build_bytes * mib,
+             (double)sizes->other_bytes * mib, (double)layout.n_bytes * 0x1p-30);
     return 0;
 }

@@ -30,11 +30,15 @@ static int staging_give(struct winnow_gpu *gpu, cudaError_t error)
     return winnow_gpu_device_check(gpu->device, error);
 }
 
-static bool home_is_valid(const struct winnow_gpu *gpu, uint32_t home)
+bool winnow_gpu_home_is_in_arena(const struct winnow_gpu *gpu, uint32_t home)
 {
     uint64_t block_bytes = gpu->layout.view.block_bytes;
-    return home == WINNOW_GPU_ON_DISK ||
-           ((uint64_t)home << 12) + block_bytes <= gpu->device->host_bytes;
+    return ((uint64_t)home << 12) + block_bytes <= gpu->device->host_bytes;
+}
+
+static bool home_is_valid(const struct winnow_gpu *gpu, uint32_t home)
+{
+    return home == WINNOW_GPU_ON_DISK || winnow_gpu_home_is_in_arena(gpu, home);
 }
 
 static bool homes_are_valid(const struct winnow_gpu *gpu, uint32_t n, const uint32_t *home)

@@ -20,6 +20,16 @@ struct winnow_gpu_flight {
     cudaEvent_t event;
 };
 
+/* A job: its blocks up, built, its result down; one graph, which finds its homes in pinned memory. */
+struct winnow_gpu_builder {
+    int64_t ticket; /* 0: free */
+    uint32_t *homes;
+    uint8_t *result; /* winnow_gpu_layout_result's */
+    cudaStream_t stream;
+    cudaGraphExec_t graph;
+    cudaEvent_t event;
+};
+
 /* Pinned memory on its way to the device. */
 struct winnow_gpu_staging {
     uint8_t *memory;
@@ -39,8 +49,14 @@ struct winnow_gpu {
     struct winnow_gpu_staging staging[2];
     uint64_t staging_bytes;
     uint32_t staging_idx;
+    struct winnow_gpu_builder builder[WINNOW_GPU_BUILDS_MAX];
+    int64_t n_builds;             /* tickets given out */
     uint32_t *n_session_segments; /* [n_sessions_max] as session_set said */
 };
+
+cudaError_t winnow_gpu_pinned_alloc(void *pointer, uint64_t n_bytes);
+/* A home that a block lies at; ON_DISK is none. */
+bool winnow_gpu_home_is_in_arena(const struct winnow_gpu *gpu, uint32_t home);
 
 int winnow_gpu_create(struct winnow_gpu_device *device, const struct winnow_gpu_options *options,
                       struct winnow_gpu **ret_gpu, char text[256]);
@@ -54,6 +70,14 @@ int winnow_gpu_session_set(struct winnow_gpu *gpu, uint32_t session, uint32_t n_
                            const uint32_t *segment_slots);
 int winnow_gpu_tail_put(struct winnow_gpu *gpu, uint32_t session, uint32_t layer, uint32_t n,
                         const uint32_t *block_number, const void *const *data);
+
+/* The builders' memory, streams and graphs. */
+cudaError_t winnow_gpu_builders_create(struct winnow_gpu *gpu);
+void winnow_gpu_builders_destroy(struct winnow_gpu *gpu); /* waits for them */
+int64_t winnow_gpu_build(struct winnow_gpu *gpu, const uint32_t *homes);
+int winnow_gpu_build_poll(struct winnow_gpu *gpu, int64_t ticket, bool wait, uint16_t *const *order,
+                          const struct winnow_index_view *views);
+
 int winnow_gpu_counters(struct winnow_gpu *gpu, uint32_t layer,
                         struct winnow_gpu_counters *counters);
 

@@ -26,6 +26,7 @@ static void test_gpu_lost__all_calls_say_so(void)
     static struct scene scene;
     static struct scene_item item;
     uint32_t home[16] = {0}, zero = 0;
+    uint16_t of_head[2][128], *order[] = {of_head[0], of_head[1]};
     char text[256] = "";
 
     scene_init(&scene, &options);
@@ -35,14 +36,19 @@ static void test_gpu_lost__all_calls_say_so(void)
     scene_item_init(&scene, &item, 0, 0, 0, 0.9f);
     scene_decode(&scene, gpu, 1, &item);
     memset(item.out, 0xa5, scene_out_bytes(&scene));
+    for (uint32_t h = 0; h < 2; h++) {
+        views[h] = scene_head(&scene, 0, 0, h)->segment[0].view;
+        views[h].var = NULL;
+        memset(order[h], 0xa5, 128 * sizeof **order);
+    }
+    int64_t job = api->build(gpu, home);
+    CHECK(job > 0);
 
     CHECK_EQ(winnow_gpu_done_write(&gpu->layout.view, (volatile uint32_t *)16, gpu->stream), 0);
     int64_t ticket = api->decode(gpu, 1, &item.item);
     CHECK(ticket > 0 || ticket == -EIO);
     if (ticket > 0)
         CHECK_EQ(api->poll(gpu, ticket, true), -EIO);
-    for (uint32_t h = 0; h < 2; h++)
-        views[h] = scene_head(&scene, 0, 0, h)->segment[0].view;
     CHECK_EQ(api->decode(gpu, 1, &item.item), -EIO);
     CHECK_EQ(api->poll(gpu, 1, false), -EIO);
     CHECK_EQ(api->segment_put(gpu, 0, 0, views, home), -EIO);
@@ -50,6 +56,10 @@ static void test_gpu_lost__all_calls_say_so(void)
     CHECK_EQ(api->segment_drop(gpu, 0), -EIO);
     CHECK_EQ(api->session_set(gpu, 0, 1, &zero), -EIO);
     CHECK_EQ(api->tail_put(gpu, 0, 0, 0, NULL, NULL), -EIO);
+    CHECK_EQ(api->build(gpu, home), -EIO);
+    CHECK_EQ(api->build_poll(gpu, job, true, order, views), -EIO);
+    for (uint32_t i = 0; i < 2 * 128; i++)
+        CHECK_EQ(order[i / 128][i % 128], 0xa5a5);
     CHECK_EQ(api->counters(gpu, 0, &counters), -EIO);
     struct winnow_gpu_options again = scene_gpu_options(&scene, &of_gpu);
     CHECK_EQ(api->create(device, &again, &other, text), -EIO);

@@ -82,7 +82,8 @@ void winnow_core_destroy(struct winnow_core *core)
 {
     if (!core)
         return;
-    core->tiers.store = NULL;     /* closed: what it stored is gone */
+    core->tiers.store = NULL; /* closed: what it stored is gone */
+    winnow_builds_poll(core, true);
     while (core->n_items_out > 0) /* they read what is freed below */
         if (!winnow_team_run_one(core->options.team, WINNOW_LANE_BUILD) && !items_poll(core))
             sched_yield();

@@ -43,7 +43,7 @@ static void slots_give(struct winnow_slots *slots, uint32_t number_plus_1)
 static uint64_t sizes_sum(const struct winnow_gpu_sizes *sizes)
 {
     return sizes->index_bytes + sizes->tail_bytes + sizes->cache_bytes + sizes->scratch_bytes +
-           sizes->other_bytes;
+           sizes->build_bytes + sizes->other_bytes;
 }
 
 static uint64_t blocks_of(const struct winnow_gpu_options *options, uint64_t n_segments)
@@ -108,12 +108,19 @@ static void gpu_destroy(struct winnow_device *device)
     winnow_alloc_free(device->session_slots.free);
     winnow_alloc_free(device->segment_slots.free);
     winnow_alloc_free(device->views);
+    winnow_alloc_free(device->order);
+    for (uint32_t i = 0; i < WINNOW_GPU_BUILDS_MAX; i++) {
+        winnow_assert(device->build[i].n_items == 0);
+        winnow_alloc_free(device->build[i].item);
+        device->build[i].item = NULL;
+    }
     winnow_alloc_free(device->homes);
     winnow_alloc_free(device->segment);
     winnow_alloc_free(device->moved);
     winnow_alloc_free(device->tail);
     device->session_slots = device->segment_slots = (struct winnow_slots){0};
     device->views = NULL;
+    device->order = NULL;
     device->homes = NULL;
     device->segment = NULL;
     device->moved = NULL;
@@ -134,11 +141,17 @@ static bool gpu_create(struct winnow_core *core, const struct winnow_model_shape
     size_t n_heads = shape->n_kv_heads;
     size_t n_blocks = n_heads * (options->segment_tokens / WINNOW_BLOCK_TOKENS);
     device->views = winnow_alloc_array(n_heads, sizeof *device->views);
+    device->order = winnow_alloc_array(n_heads, sizeof *device->order);
+    bool complete = device->views && device->order;
+    for (uint32_t i = 0; i < WINNOW_GPU_BUILDS_MAX; i++) {
+        device->build[i].item = winnow_alloc_array(n_heads, sizeof(struct winnow_item *));
+        complete &= device->build[i].item != NULL;
+    }
     device->homes = winnow_alloc_array(n_blocks, sizeof *device->homes);
     device->segment = winnow_alloc_array(options->n_segments_max, sizeof(struct winnow_segment *));
     device->moved = winnow_alloc_array(MOVED_AT_ONCE, sizeof *device->moved);
     device->tail = winnow_alloc_array(n_heads * TAIL_AT_ONCE, sizeof *device->tail);
-    if (!device->views || !device->homes || !device->segment || !device->moved || !device->tail ||
+    if (!complete || !device->homes || !device->segment || !device->moved || !device->tail ||
         slots_init(&device->session_slots, options->n_sessions_max) < 0 ||
         slots_init(&device->segment_slots, options->n_segments_max) < 0) {
         gpu_destroy(device);
@@ -287,13 +300,14 @@ void winnow_device_counters(struct winnow_device *device, struct winnow_gpu_coun
 void winnow_device_shape_end(struct winnow_device *device)
 {
     if (device->gpu && device->n_sessions == 0 && device->n_launches == 0 &&
+        device->n_builds == 0 &&
         device->segment_slots.n_free == device->shape_options.n_segments_max)
         gpu_destroy(device);
 }
 
 // --- what the device has is brought up to date --------------------------------------------------
 
-static uint32_t home_of(const struct winnow_arena *arena, uint32_t place)
+uint32_t winnow_device_home(const struct winnow_arena *arena, uint32_t place)
 {
     size_t arena_bytes;
     const uint8_t *base = winnow_arena_base(arena, &arena_bytes);
@@ -316,7 +330,7 @@ static int moved_send(struct winnow_device *device)
         if (!segment || !segment->layer[home.block / n_of_layer].on_device)
             continue;
         const uint32_t *place = winnow_segment_place(segment, home.block / n_of_layer);
-        home.home = home_of(segment->tiers->arena, place[home.block % n_of_layer]);
+        home.home = winnow_device_home(segment->tiers->arena, place[home.block % n_of_layer]);
         device->moved[n++] = home;
     }
     device->n_moved = 0;
@@ -354,7 +368,7 @@ static int segment_sync(struct winnow_core *core, struct winnow_segment *segment
     if (state->on_device)
         return 0;
     for (uint32_t i = 0; i < n; i++)
-        device->homes[i] = home_of(core->tiers.arena, place[i]);
+        device->homes[i] = winnow_device_home(core->tiers.arena, place[i]);
     for (uint32_t head = 0; head < n_heads; head++)
         winnow_segment_view(segment, layer, head, &device->views[head]);
     int rc = device->api->segment_put(device->gpu, segment->device_slot - 1, layer, device->views,

@@ -19,6 +19,9 @@
  * machine with a GPU attends its prompt where it computes its keys, and sends those by Append; a window
  * is for an engine that cannot. Rejected: a kernel for windows, the attention that engines have.
  *
+ * Spans of its sessions are built there too (build.c), while steps go on; the index comes back to
+ * the host's place for it. Jobs that a lost device leaves are the lane's.
+ *
  * A step is launched as soon as the loop sees it; what waits together goes together. Selected blocks
  * that lie on disk are reported, read into the cache and pinned, and the step is launched again: its
  * selection is the same, so are its bits. Rejected: a mailbox that kernels fill (decisions/0007): it
@@ -35,6 +38,8 @@
 
 struct winnow_session;
 struct winnow_segment;
+struct winnow_item;
+struct winnow_arena;
 
 enum { WINNOW_N_LAUNCHES = 2 }; /* out at once */
 
@@ -43,6 +48,13 @@ struct winnow_launch {
     uint32_t n;
     struct winnow_session *session[WINNOW_GPU_ITEMS_MAX];
     struct winnow_gpu_certificate certificate[WINNOW_GPU_ITEMS_MAX];
+};
+
+/* A layer's span that the device builds. */
+struct winnow_build {
+    int64_t ticket;
+    uint32_t n_items;          /* 0: free */
+    struct winnow_item **item; /* [n_kv_heads] one a head, in order */
 };
 
 /* Numbers below n that are taken and given back. */
@@ -64,10 +76,13 @@ struct winnow_device {
     struct winnow_slots session_slots, segment_slots;
     struct winnow_launch launch[WINNOW_N_LAUNCHES];
     uint32_t launch_first, n_launches; /* oldest out */
-    struct winnow_session **waiting;   /* [n_runs_max] */
+    struct winnow_build build[WINNOW_GPU_BUILDS_MAX];
+    uint32_t n_builds;               /* out */
+    struct winnow_session **waiting; /* [n_runs_max] */
     uint32_t n_waiting;
     struct winnow_gpu_item item[WINNOW_GPU_ITEMS_MAX];
     struct winnow_index_view *views; /* [n_kv_heads] */
+    uint16_t **order;                /* the same */
     uint32_t *homes;                 /* [n_kv_heads][S / 16] */
     struct winnow_segment **segment; /* [n_segments_max] that has the slot */
     struct winnow_gpu_home *moved; /* [n of one call] blocks whose home the device has not heard */
@@ -106,6 +121,8 @@ void winnow_device_counters(struct winnow_device *device, struct winnow_gpu_coun
  * 0; -EDQUOT: the device has no room; -EIO. */
 int winnow_device_sync(struct winnow_core *core, struct winnow_session *session,
                        struct winnow_gpu_item *item, struct winnow_gpu_certificate *certificate);
+/* Of a place (segment.h) in the arena. */
+uint32_t winnow_device_home(const struct winnow_arena *arena, uint32_t place);
 /* When the last session has gone, its segments with it, the memory is for the next shape. */
 void winnow_device_shape_end(struct winnow_device *device);
 
@@ -118,8 +135,24 @@ void winnow_device_refuse(struct winnow_core *core, struct winnow_session *sessi
 bool winnow_device_advance(struct winnow_core *core, struct winnow_session *session);
 /* Launches what waits, takes what is complete. True: something was. */
 bool winnow_device_poll(struct winnow_core *core);
+/* Nothing that is out will come back: the CPU takes all of it. */
+void winnow_device_lose(struct winnow_core *core);
 /* Polls for as long as a launch may take whose end is worth waiting for here. True: something was. */
 bool winnow_device_spin(struct winnow_core *core);
-/* Launches are out: the loop should come again at once. */
+/* Launches or builds are out: the loop should come again at once. */
 bool winnow_device_busy(const struct winnow_device *device); /* NULL is fine */
 bool winnow_device_lost(const struct winnow_device *device); /* NULL is fine */
+
+/* --- build.c --- */
+/* The session's spans are built by the device. */
+bool winnow_builds_by_device(const struct winnow_core *core, const struct winnow_session *session);
+/* A job that is free; NULL: all are out. It is taken with the first item added. */
+struct winnow_build *winnow_build_take(struct winnow_core *core);
+/* The next head's item, with lane, run and done as it would be submitted with: its done is called
+ * when the job is complete, or it is submitted when the device is lost. */
+void winnow_build_add(struct winnow_build *build, struct winnow_item *item);
+/* Every head's item was added. */
+void winnow_build_send(struct winnow_core *core, struct winnow_build *build);
+/* Takes what is complete; wait: all of it. True: something was, or the device is lost. */
+bool winnow_builds_poll(struct winnow_core *core, bool wait);
+void winnow_builds_to_lane(struct winnow_core *core); /* the device is lost */

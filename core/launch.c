@@ -15,6 +15,11 @@ enum {
  * Beyond it who connects or closes has waited long enough. */
 static const int64_t SPIN_NS = 500 * WINNOW_NS_PER_US;
 
+static bool is_launched(const struct winnow_device *device)
+{
+    return device && device->n_launches > 0;
+}
+
 /* The step goes on without the device, from its beginning. */
 static void to_cpu(struct winnow_core *core, struct winnow_session *session)
 {
@@ -30,8 +35,7 @@ static void to_cpu(struct winnow_core *core, struct winnow_session *session)
     core->progress = true;
 }
 
-/* Nothing that is out will come back: the CPU takes all of it. */
-static void lose(struct winnow_core *core)
+void winnow_device_lose(struct winnow_core *core)
 {
     struct winnow_device *device = core->tiers.device;
     device->lost = true;
@@ -50,6 +54,7 @@ static void lose(struct winnow_core *core)
         session->op.n_items--;
         to_cpu(core, session);
     }
+    winnow_builds_to_lane(core);
     winnow_arena_freeze(core->tiers.arena, false);
 }
 
@@ -156,7 +161,7 @@ static bool launch_send(struct winnow_core *core)
         int rc = winnow_device_sync(core, session, &device->item[launch->n],
                                     &launch->certificate[launch->n]);
         if (rc == -EIO) {
-            lose(core);
+            winnow_device_lose(core);
             return false;
         }
         if (rc == 0) {
@@ -175,7 +180,7 @@ static bool launch_send(struct winnow_core *core)
     device->n_launches++;
     core->stats.n_device_launches++;
     if (launch->ticket < 0) {
-        lose(core);
+        winnow_device_lose(core);
         return false;
     }
     winnow_arena_freeze(core->tiers.arena, true);
@@ -252,8 +257,8 @@ bool winnow_device_advance(struct winnow_core *core, struct winnow_session *sess
         return false;
     if (all_asked && !core->tiers.device->lost) /* all are in the cache, and pinned */
         wait_for_launch(core, session);
-    else if (!winnow_device_busy(core->tiers.device)) /* then nothing is evicted */
-        to_cpu(core, session);                        /* too many at once: it reads in waves */
+    else if (!is_launched(core->tiers.device)) /* then nothing is evicted */
+        to_cpu(core, session);                 /* too many at once: it reads in waves */
     return op->state == WINNOW_OP_BUILD;
 }
 
@@ -263,7 +268,7 @@ static bool launch_take(struct winnow_core *core)
     struct winnow_launch *launch = &device->launch[device->launch_first];
     int rc = device->n_launches ? device->api->poll(device->gpu, launch->ticket, false) : 0;
     if (rc < 0)
-        lose(core);
+        winnow_device_lose(core);
     if (rc <= 0)
         return false;
     winnow_assert(launch->n > 0);
@@ -286,6 +291,7 @@ bool winnow_device_poll(struct winnow_core *core)
         any = true;
     while (device->n_waiting && device->n_launches < WINNOW_N_LAUNCHES && launch_send(core))
         any = true;
+    any |= winnow_builds_poll(core, false);
     winnow_device_shape_end(device);
     return any;
 }
@@ -308,7 +314,7 @@ static bool nobody_else(const struct winnow_core *core)
 
 bool winnow_device_spin(struct winnow_core *core)
 {
-    if (!winnow_device_busy(core->tiers.device) || !nobody_else(core))
+    if (!is_launched(core->tiers.device) || !nobody_else(core))
         return false;
     for (int64_t end_ns = clock_now(core) + SPIN_NS; clock_now(core) <= end_ns;)
         if (winnow_device_poll(core))
@@ -318,7 +324,7 @@ bool winnow_device_spin(struct winnow_core *core)
 
 bool winnow_device_busy(const struct winnow_device *device)
 {
-    return device && device->n_launches > 0;
+    return device && (device->n_launches > 0 || device->n_builds > 0);
 }
 
 bool winnow_device_lost(const struct winnow_device *device)

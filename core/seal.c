@@ -4,6 +4,8 @@
 // decode all layers become due within 32 tokens, and S tokens of every layer would lie in the pool
 // twice.
 //
+// The builder is a lane of the team, or the session's device (build.c).
+//
 // A build reads blocks that nothing writes (full tail blocks are never written again); truncate and
 // close wait for it. Whoever comes to end + 96 in decode waits for it too: by position, never by time.
 #include <base/assert.h>
@@ -104,6 +106,19 @@ static int segment_prepare(struct winnow_core *core, struct winnow_session *sess
     return winnow_segment_layer_take(context->segment[k], layer);
 }
 
+/* To the job, or NULL: to the team's lane. */
+static void build_submit(struct winnow_core *core, struct winnow_build *build,
+                         struct winnow_item *item, uint32_t lane)
+{
+    item->work.lane = lane;
+    item->work.run = build_run;
+    item->done = build_done;
+    if (build)
+        winnow_build_add(build, item);
+    else
+        winnow_item_submit(core, item, lane, build_run, build_done);
+}
+
 int winnow_seal_start(struct winnow_core *core, struct winnow_session *session, uint32_t layer,
                       uint32_t lane)
 {
@@ -114,6 +129,10 @@ int winnow_seal_start(struct winnow_core *core, struct winnow_session *session, 
         return 0;
     if (winnow_pool_size(core->items) - winnow_pool_used(core->items) < n_heads)
         return 0; /* the next call tries again; who waits for the build calls again */
+    bool by_device = winnow_builds_by_device(core, session);
+    struct winnow_build *build = by_device ? winnow_build_take(core) : NULL;
+    if (by_device && !build)
+        return 0;
     winnow_assert(state->n_builds == 0);
     winnow_assert(context->layer[layer].held >= winnow_context_span_end(context, layer));
     int rc = segment_prepare(core, session, layer);
@@ -128,8 +147,10 @@ int winnow_seal_start(struct winnow_core *core, struct winnow_session *session, 
         item->segment = context->segment[context->layer[layer].n_segments];
         state->n_builds++;
         session->n_builds++;
-        winnow_item_submit(core, item, lane, build_run, build_done);
+        build_submit(core, build, item, lane);
     }
+    if (build)
+        winnow_build_send(core, build);
     return 0;
 }
 

@@ -35,6 +35,12 @@ struct sim_gpu_launch {
     void *input[WINNOW_GPU_ITEMS_MAX]; /* q, k, v as they were */
 };
 
+struct sim_gpu_build {
+    int64_t ticket; /* 0: free */
+    uint32_t n_polls;
+    uint32_t *homes;
+};
+
 struct winnow_gpu {
     struct winnow_gpu_device *device;
     struct winnow_gpu_options options;
@@ -47,16 +53,19 @@ struct winnow_gpu {
     struct winnow_gpu_counters counters[256]; /* [layer] */
     struct sim_gpu_launch launch[SIM_GPU_LAUNCHES];
     uint32_t n_launches;
+    struct sim_gpu_build build[WINNOW_GPU_BUILDS_MAX];
     int64_t n_tickets;
 };
 
 static struct sim_gpu {
     const struct winnow_kernels *kernels;
-    struct winnow_rng *rng;       /* how many polls a launch takes; NULL: one */
+    struct winnow_rng *rng;       /* how many polls a launch or a job takes; NULL: one */
     uint64_t fails_after;         /* calls until it is lost; 0: never */
     uint64_t n_calls, n_launches; /* since it was opened */
     uint64_t n_steps, n_whole;    /* items attended; those of mass 1 among them */
     uint64_t n_disk;              /* blocks reported on disk */
+    uint64_t n_builds;            /* jobs done */
+    bool builds_held;             /* no job is complete before a poll that waits */
     bool is_open, failed;
 } sim_gpu;
 
@@ -85,6 +94,8 @@ static int sim_gpu_sizes(const struct winnow_gpu_options *options, struct winnow
     sizes->index_bytes = sizes->segment_bytes * options->n_segments_max;
     sizes->tail_bytes = sizes->session_bytes * options->n_sessions_max;
     sizes->cache_bytes = (uint64_t)options->n_slots * winnow_block_bytes(shape);
+    sizes->build_bytes = (uint64_t)WINNOW_GPU_BUILDS_MAX * shape->n_kv_heads *
+                         options->segment_tokens * (shape->k_width + shape->v_width) * 2;
     snprintf(text, 256, "index %u segments, cache %u slots", options->n_segments_max,
              options->n_slots);
     return 0;
@@ -121,7 +132,7 @@ static int sim_gpu_create(struct winnow_gpu_device *device,
     sim_gpu_sizes(options, &sizes, text);
     if (sim_gpu_fails())
         return -EIO;
-    uint64_t n_bytes = sizes.index_bytes + sizes.tail_bytes + sizes.cache_bytes;
+    uint64_t n_bytes = sizes.index_bytes + sizes.tail_bytes + sizes.cache_bytes + sizes.build_bytes;
     CHECK(device->used_bytes + n_bytes <= device->memory_bytes);
     struct winnow_gpu *gpu = calloc(1, sizeof *gpu);
     gpu->device = device;
@@ -169,6 +180,8 @@ static void sim_gpu_destroy(struct winnow_gpu *gpu)
     for (uint32_t i = 0; i < SIM_GPU_LAUNCHES; i++)
         for (uint32_t k = 0; k < gpu->launch[i].n; k++)
             free(gpu->launch[i].input[k]);
+    for (uint32_t i = 0; i < WINNOW_GPU_BUILDS_MAX; i++)
+        free(gpu->build[i].homes);
     for (uint32_t slot = 0; slot < gpu->options.n_segments_max; slot++)
         for (uint32_t layer = 0; layer < gpu->options.shape.n_layers; layer++)
             sim_gpu_index_free(gpu, slot, layer);
@@ -573,6 +586,72 @@ static int sim_gpu_poll(struct winnow_gpu *gpu, int64_t ticket, bool wait)
     return 1;
 }
 
+static struct sim_gpu_build *sim_gpu_build_of(struct winnow_gpu *gpu, int64_t ticket)
+{
+    for (uint32_t i = 0; i < WINNOW_GPU_BUILDS_MAX; i++)
+        if (gpu->build[i].ticket == ticket)
+            return &gpu->build[i];
+    return NULL;
+}
+
+static int64_t sim_gpu_build(struct winnow_gpu *gpu, const uint32_t *homes)
+{
+    size_t n = (size_t)gpu->options.shape.n_kv_heads * gpu->options.segment_tokens / 16;
+    struct sim_gpu_build *build = sim_gpu_build_of(gpu, 0);
+    if (sim_gpu_fails())
+        return -EIO;
+    if (!build)
+        return -EBUSY;
+    *build = (struct sim_gpu_build){
+        .ticket = ++gpu->n_tickets,
+        .n_polls = sim_gpu.rng ? (uint32_t)winnow_rng_below(sim_gpu.rng, 40) : 0,
+        .homes = sim_gpu_copy(homes, n * sizeof *homes),
+    };
+    return build->ticket;
+}
+
+static void sim_gpu_build_head(const struct winnow_gpu *gpu, const uint32_t *homes, uint16_t *order,
+                               struct winnow_index_view *view)
+{
+    const struct winnow_model_shape *shape = &gpu->options.shape;
+    uint32_t n = gpu->options.segment_tokens / WINNOW_BLOCK_TOKENS;
+    size_t k_floats = (size_t)WINNOW_BLOCK_TOKENS * shape->k_width;
+    size_t v_floats = (size_t)WINNOW_BLOCK_TOKENS * shape->v_width;
+    float *k = malloc(n * k_floats * sizeof *k), *v = malloc(n * v_floats * sizeof *v);
+    void *scratch = aligned_alloc(64, (sim_gpu.kernels->scratch_bytes(shape, n) + 63) / 64 * 64);
+    for (uint32_t b = 0; b < n; b++)
+        sim_gpu.kernels->block_unpack(shape, gpu->device->arena + (size_t)homes[b] * 4096,
+                                      k + b * k_floats, v + b * v_floats);
+    CHECK_EQ(view->n_blocks, n);
+    CHECK(!view->var);
+    CHECK_EQ(sim_gpu.kernels->build(shape, n, k, v, order, view, scratch), 0);
+    free(k);
+    free(v);
+    free(scratch);
+}
+
+static int sim_gpu_build_poll(struct winnow_gpu *gpu, int64_t ticket, bool wait,
+                              uint16_t *const *order, const struct winnow_index_view *views)
+{
+    uint32_t n_span = gpu->options.segment_tokens / WINNOW_BLOCK_TOKENS;
+    struct sim_gpu_build *build = sim_gpu_build_of(gpu, ticket);
+    if (sim_gpu_fails())
+        return -EIO;
+    CHECK(ticket > 0 && build);
+    if (!wait && (sim_gpu.builds_held || build->n_polls > 0)) {
+        build->n_polls -= build->n_polls > 0;
+        return 0;
+    }
+    for (uint32_t head = 0; head < gpu->options.shape.n_kv_heads; head++) {
+        struct winnow_index_view view = views[head];
+        sim_gpu_build_head(gpu, build->homes + head * n_span, order[head], &view);
+    }
+    free(build->homes);
+    *build = (struct sim_gpu_build){0};
+    sim_gpu.n_builds++;
+    return 1;
+}
+
 static int sim_gpu_counters(struct winnow_gpu *gpu, uint32_t layer,
                             struct winnow_gpu_counters *counters)
 {
@@ -600,6 +679,8 @@ static const struct winnow_gpu_api sim_gpu_api = {
     .tail_put = sim_gpu_tail_put,
     .decode = sim_gpu_decode,
     .poll = sim_gpu_poll,
+    .build = sim_gpu_build,
+    .build_poll = sim_gpu_build_poll,
     .counters = sim_gpu_counters,
     .kernels = sim_gpu_kernels,
 };

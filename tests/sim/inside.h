@@ -82,7 +82,7 @@ static inline void sim_bytes_check(const struct sim_model *model, const struct w
 static inline bool sim_core_rests(const struct winnow_core *core)
 {
     return core->n_active == 0 && core->n_items_out == 0 && core->n_spills == 0 &&
-           winnow_pool_used(core->loads) == 0;
+           winnow_pool_used(core->loads) == 0 && !winnow_device_busy(core->tiers.device);
 }
 
 struct sim_sums {

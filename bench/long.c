@@ -246,6 +246,9 @@ static void context_fill(struct engine *engine)
 {
     double made_s = 0, begin_s = now_s();
     for (uint64_t first = 0; first < engine->n_tokens; first += WINDOW) {
+        if (first % (16 * WINDOW) == 0)
+            fprintf(stderr, "%llu tokens after %.1f s\n", (unsigned long long)first,
+                    now_s() - begin_s);
         uint64_t left = engine->n_tokens - first;
         uint32_t n = left < WINDOW ? (uint32_t)left : WINDOW;
         for (uint32_t layer = 0; layer < engine->n_layers; layer++) {

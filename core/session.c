@@ -371,8 +371,10 @@ void winnow_stats_fill(struct winnow_core *core, struct winnow_request *request)
             (!request->owner || session->owner == request->owner))
             session_add(session, stats);
     }
-    stats->n_device_launches = core->stats.n_device_launches;
-    winnow_device_counters(core->tiers.device, &stats->device);
+    if (!session_id) { /* it waits for the device: not for every row of a list */
+        stats->n_device_launches = core->stats.n_device_launches;
+        winnow_device_counters(core->tiers.device, &stats->device);
+    }
     winnow_arena_use(core->tiers.arena, &use);
     stats->pool_tail_bytes = use.held_bytes;
     stats->pool_cache_bytes = use.cache_bytes;

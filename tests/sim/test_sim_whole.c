@@ -98,6 +98,18 @@ static void test_whole__asked_for_or_short(void)
     pair_finish(world);
 }
 
+/* A session that reads everything by policy has its steps taken like one that asks for it. */
+static void test_whole__by_policy(void)
+{
+    struct winnow_session_options options = {.policy = WINNOW_POLICY_EXACT};
+    struct sim_world world[2];
+    pair_init(world, &(struct sim_options){.seed = test_seed()}, &options);
+    for (uint64_t i = 0; i < 3; i++)
+        CHECK_EQ(pair_step(N_TOKENS + i, 0.5f, 0, 0, 0)->verdict, WINNOW_VERDICT_EXACT);
+    CHECK_EQ(sim_gpu.n_whole, 3);
+    pair_finish(world);
+}
+
 /* A strict session's short step is launched again, whole. */
 static void test_whole__strict_and_short_of_p(void)
 {
@@ -184,6 +196,7 @@ int main(int argc, char **argv)
     TEST_INIT(argc, argv);
     TEST_RUN(test_whole__budget_ends);
     TEST_RUN(test_whole__asked_for_or_short);
+    TEST_RUN(test_whole__by_policy);
     TEST_RUN(test_whole__strict_and_short_of_p);
     TEST_RUN(test_whole__blocks_on_disk);
     return TEST_END();

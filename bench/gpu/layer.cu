@@ -11,6 +11,7 @@
  *   upto       the same at 2 %, .9, without the later stages: differences are a stage's time
  *   steps      decode steps one after the other, the queries drifting, select and cache left alone
  *   dense      own kernel, the best of eight ways to split it; and how far Winnow's output is from it
+ *   whole      everything read (P = 1), all but what is in slots over the link; and how far it is
  *   streamed   copies of whole heads, 16 MiB or more, double-buffered, the dense kernel behind them
  * Each row says how many layers were in turn: four, or what device memory holds.
  */
@@ -251,18 +252,35 @@ void dense_run(const bench &b, peer *p, planted *of, bool is_alive)
     r.rate = (double)p->n_units * p->d.n_blocks * MODEL_BLOCK_BYTES / r.time.us / 1e3;
     if (is_alive)
         snprintf(r.note, sizeof r.note, "own kernel; Winnow's output lies %.2g from it",
-                 peer_distance(p, *of));
+                 peer_distance(p, *of, [&] { stack_layer_put(of->s, 0, STACK_N_STAGES); }));
     print(r);
     stopwatch_finish(&w);
     ok(cudaStreamDestroy(stream), "stream");
+}
+
+/* Layer 0 alone; the cache as planted. */
+void whole_run(const bench &b, peer *p, planted *of)
+{
+    stack *s = &of->s;
+    row r = {"whole", s->n_tokens, s->batch, 1, -1, 1, {}, 0, ""};
+    stopwatch w = stopwatch_init(s->gpu->stream, b.budget_ms);
+
+    planted_restore(*of);
+    stack_mass_write(s, 0, 1);
+    r.time = graph_time(
+        w, 1, [&] { stack_whole_put(*s, 0); }, [] {});
+    r.rate = (double)p->n_units * p->d.n_blocks * MODEL_BLOCK_BYTES / r.time.us / 1e3;
+    snprintf(r.note, sizeof r.note, "its output lies %.2g from dense",
+             peer_distance(p, *of, [&] { stack_whole_put(*s, 0); }));
+    print(r);
+    stack_mass_write(s, 0, STACK_MASS);
+    stopwatch_finish(&w);
 }
 
 void streamed_run(const bench &b, const peer &p, const stack &s)
 {
     size_t n_bytes = (size_t)p.n_units * p.d.n_blocks * MODEL_BLOCK_BYTES;
 
-    if (n_bytes > arena_bytes())
-        return;
     spread time = peer_streamed_time(p, b.arena, arena_bytes());
     print({"streamed", s.n_tokens, s.batch, 0, 0, 1, time, (double)n_bytes / time.us / 1e3,
            "measured"});
@@ -305,7 +323,10 @@ void cell_run(const bench &b, const cell &c)
     stages_run(p, w, 0.02, 0.9);
     peer_init(&rival, p);
     dense_run(b, &rival, &p, true);
-    streamed_run(b, rival, p.s);
+    if (stack_kv_bytes(model_shape(1), c.n_tokens, c.batch) <= arena_bytes()) {
+        streamed_run(b, rival, p.s);
+        whole_run(b, &rival, &p);
+    }
     steps_run(&p, w, 0.02);
     stopwatch_finish(&w);
     planted_finish(&p);

@@ -128,8 +128,8 @@ inline void peer_token_copy(peer *p, const stack &s)
     ok(cudaDeviceSynchronize(), "token");
 }
 
-/* |Winnow - dense| / |dense| of layer 0, mean over query heads. */
-inline double peer_distance(peer *p, const planted &of)
+/* |Winnow - dense| / |dense| of layer 0 as put() computes it, mean over query heads. */
+template <class PUT> double peer_distance(peer *p, const planted &of, PUT put)
 {
     const stack &s = of.s;
     uint32_t n_heads = s.batch * p->view.n_q_heads;
@@ -138,7 +138,7 @@ inline double peer_distance(peer *p, const planted &of)
     peer_token_copy(p, s);
     dense_put<peer_form, 2>(p->view, p->d, p->n_units, 1, s.gpu->stream);
     planted_restore(of);
-    stack_layer_put(s, 0, STACK_N_STAGES);
+    put();
     ok(cudaStreamSynchronize(s.gpu->stream), "layer");
     std::vector<float> dense_out = device_read(p->d.out, (size_t)n_heads * MODEL_WIDTH);
     for (uint32_t h = 0; h < n_heads; h++) {

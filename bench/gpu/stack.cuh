@@ -221,6 +221,23 @@ inline void stack_layer_put(const stack &s, uint32_t l, uint32_t n_stages)
         ok(winnow_gpu_done_write(&s.layer[l].view, s.gpu->done, s.gpu->stream), "done");
 }
 
+/* A whole read of a layer whose items have mass 1. */
+inline void stack_whole_put(const stack &s, uint32_t l)
+{
+    stack_stage *stages[] = {winnow_gpu_stage_begin, winnow_gpu_stage_tail, winnow_gpu_stage_whole,
+                             winnow_gpu_stage_attend};
+    for (stack_stage *put : stages)
+        ok(put(&s.layer[l].view, &s.grid, s.gpu->stream), "whole");
+    ok(winnow_gpu_done_write(&s.layer[l].view, s.gpu->done, s.gpu->stream), "done");
+}
+
+inline void stack_mass_write(stack *s, uint32_t l, float mass)
+{
+    for (uint32_t i = 0; i < s->batch; i++)
+        s->layer[l].launch.item[i].mass = mass;
+    stack_launch_write(s->layer[l]);
+}
+
 /* Of a layer, from graphs over all of them; before(): before each replay, untimed. */
 template <class BEFORE>
 spread stack_time(const stack &s, const stopwatch &w, uint32_t n_stages, BEFORE before)

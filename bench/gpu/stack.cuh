@@ -263,11 +263,14 @@ inline void stack_cache_empty(const stack &s)
 /* What certificates say, summed over items. */
 struct stack_seen {
     double n_items, n_rounds, n_blocks, n_device, n_unfit, mass_least;
+    std::vector<double> of_step; /* blocks */
 };
 
 /* Adds the last step's. Ends the program where an item failed. */
 inline void stack_seen_add(stack_seen *seen, const stack &s)
 {
+    double n_before = seen->n_blocks;
+
     for (const stack_layer &layer : s.layer)
         for (uint32_t i = 0; i < s.batch; i++) {
             const winnow_gpu_certificate *c = layer.launch.item[i].certificate;
@@ -285,12 +288,19 @@ inline void stack_seen_add(stack_seen *seen, const stack &s)
             seen->n_device += c->n_blocks_device;
             seen->n_unfit += c->n_blocks_unfit;
         }
+    seen->of_step.push_back(seen->n_blocks - n_before);
 }
 
-inline void stack_seen_text(const stack_seen &seen, const stack &s, char text[160])
+inline void stack_seen_text(stack_seen seen, const stack &s, char text[160])
 {
-    double n_all = seen.n_items * s.n_blocks * s.gpu->layout.view.n_kv_heads;
-    snprintf(text, 160, "read %.3g %%; found %.3f; rounds %.2f; least mass %.4f; unfit %.4f",
-             100 * seen.n_blocks / n_all, seen.n_device / seen.n_blocks,
-             seen.n_rounds / seen.n_items, seen.mass_least, seen.n_unfit / seen.n_blocks);
+    double n_all = (double)s.n_units * s.n_blocks * s.n_layers,
+           n_steps = (double)seen.of_step.size();
+    auto middle = seen.of_step.begin() + seen.of_step.size() / 2;
+
+    std::nth_element(seen.of_step.begin(), middle, seen.of_step.end());
+    snprintf(text, 160,
+             "read %.3g %% (median %.3g); found %.3f; rounds %.2f; least mass %.4f; unfit %.4f",
+             100 * seen.n_blocks / n_all / n_steps, 100 * *middle / n_all,
+             seen.n_device / seen.n_blocks, seen.n_rounds / seen.n_items, seen.mass_least,
+             seen.n_unfit / seen.n_blocks);
 }

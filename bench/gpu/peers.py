@@ -4,8 +4,7 @@
 
 One decode step (one query a sequence) of 32 query and 8 KV heads, d 128, bf16, over all KV in
 device memory: CUDA graphs over up to four layers' KV in turn, L2 flushed before, medians. SDPA with
-each backend that takes the shape, the four query heads of a KV head as heads (`gqa`) and as four
-queries (`folded`); FlashInfer with tensor cores where it can be imported. What does not run is a
+each backend, the four query heads of a KV head as heads (`gqa`) and as four queries (`folded`); FlashInfer with tensor cores where it can be imported. What does not run is a
 comment.
 """
 
@@ -84,7 +83,8 @@ def sdpa(tokens: int, batch: int) -> Iterator[tuple[str, Attend, tuple[int, ...]
                 return scaled_dot_product_attention(folded, kv[0], kv[1])
 
         name = backend.name.removesuffix("_ATTENTION").lower()
-        yield f"SDPA {name} gqa", gqa, shape
+        if backend != SDPBackend.EFFICIENT_ATTENTION:  # takes as many KV heads as query heads
+            yield f"SDPA {name} gqa", gqa, shape
         yield f"SDPA {name} folded", fold, shape
 
 

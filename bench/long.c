@@ -21,6 +21,7 @@
 #include <errno.h>
 #include <getopt.h>
 #include <math.h>
+#include <pthread.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -62,6 +63,14 @@ struct engine {
     uint32_t topic[N_SESSIONS_MAX][N_LAYERS_MAX][HQ];
     uint16_t *k, *v; /* [WINDOW][HKV][D] */
     uint16_t q[N_SESSIONS_MAX][HQ][D], out[N_SESSIONS_MAX][HQ][D], exact[HQ][D];
+};
+
+/* Tokens [first, first + n) of a layer, made by a thread of their own. */
+struct window {
+    struct engine *engine;
+    uint32_t layer, n;
+    uint64_t first;
+    uint16_t *k, *v;
 };
 
 struct figures {
@@ -242,30 +251,60 @@ static void context_open(struct engine *engine)
         die("open");
 }
 
+static void *window_make(void *arg)
+{
+    struct window *window = arg;
+    for (uint32_t i = 0; i < window->n; i++)
+        token_make(window->engine, window->layer, window->first + i,
+                   window->k + (size_t)i * HKV * D, window->v + (size_t)i * HKV * D);
+    return NULL;
+}
+
+/* The next of the windows, layer by layer; n 0: there is none. */
+static void window_next(struct window *window, const struct window *before)
+{
+    const struct engine *engine = before->engine;
+    uint16_t *k = window->k, *v = window->v;
+    *window = *before;
+    window->k = k;
+    window->v = v;
+    if (++window->layer == engine->n_layers) {
+        window->layer = 0;
+        window->first += before->n;
+        uint64_t left = engine->n_tokens - window->first;
+        window->n = left < WINDOW ? (uint32_t)left : WINDOW;
+    }
+}
+
 static void context_fill(struct engine *engine)
 {
-    double made_s = 0, begin_s = now_s();
-    for (uint64_t first = 0; first < engine->n_tokens; first += WINDOW) {
-        if (first % (16 * WINDOW) == 0)
-            fprintf(stderr, "%llu tokens after %.1f s\n", (unsigned long long)first,
+    struct window window[2] = {{.engine = engine, .n = WINDOW, .k = engine->k, .v = engine->v}};
+    uint32_t turn = 0;
+    double begin_s = now_s();
+    if (engine->n_tokens < WINDOW)
+        window[0].n = (uint32_t)engine->n_tokens;
+    window[1].k = array((size_t)WINDOW * HKV * D, sizeof *window[1].k);
+    window[1].v = array((size_t)WINDOW * HKV * D, sizeof *window[1].v);
+    window_make(&window[0]);
+    for (; window[turn].n; turn = !turn) {
+        struct window *one = &window[turn], *next = &window[!turn];
+        pthread_t maker;
+        if (one->layer == 0 && one->first % (16 * WINDOW) == 0)
+            fprintf(stderr, "%llu tokens after %.1f s\n", (unsigned long long)one->first,
                     now_s() - begin_s);
-        uint64_t left = engine->n_tokens - first;
-        uint32_t n = left < WINDOW ? (uint32_t)left : WINDOW;
-        for (uint32_t layer = 0; layer < engine->n_layers; layer++) {
-            double at_s = now_s();
-            for (uint32_t i = 0; i < n; i++)
-                token_make(engine, layer, first + i, engine->k + (size_t)i * HKV * D,
-                           engine->v + (size_t)i * HKV * D);
-            made_s += now_s() - at_s;
-            if (winnow_append(engine->session[0], layer, first, n, engine->k, engine->v,
-                              winnow_clock_now_ns() + 60 * WINNOW_NS_PER_S) < 0)
-                die("append");
-        }
+        window_next(next, one);
+        if (pthread_create(&maker, NULL, window_make, next) != 0)
+            die("thread");
+        if (winnow_append(engine->session[0], one->layer, one->first, one->n, one->k, one->v,
+                          winnow_clock_now_ns() + 60 * WINNOW_NS_PER_S) < 0)
+            die("append");
+        pthread_join(maker, NULL);
     }
     double s = now_s() - begin_s,
            gib = (double)engine->n_tokens * engine->n_layers * HKV * D * 4 / (1 << 30);
-    printf("appended and built %.2f GiB in %.2f s, %.2f of them the model's own: %.2f GiB/s\n", gib,
-           s, made_s, gib / (s - made_s));
+    printf("appended and built %.2f GiB in %.2f s: %.2f GiB/s\n", gib, s, gib / s);
+    free(window[1].k);
+    free(window[1].v);
     for (uint32_t i = 1; i < engine->n_sessions; i++)
         if (winnow_session_fork(engine->session[0], "fork", &engine->session[i], 0) < 0)
             die("fork");

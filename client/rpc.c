@@ -382,6 +382,11 @@ static int call_message(struct winnow_call *call, const void **ret_data, size_t 
     return 0;
 }
 
+bool winnow_call_is_back(struct winnow_call *call)
+{
+    return call_pluck(call, TAG_EXCHANGE, 0);
+}
+
 int winnow_call_wait(struct winnow_call *call, int64_t deadline_ns, const void **ret_data,
                      size_t *ret_bytes)
 {

@@ -62,6 +62,8 @@ int winnow_call_start(struct winnow_call *call, uint32_t what, const struct iove
  * -ETIMEDOUT: it still runs, and all that is left to do is wait again or finish. */
 int winnow_call_wait(struct winnow_call *call, int64_t deadline_ns, const void **ret_data,
                      size_t *ret_bytes);
+/* Looks for its end without sleeping. True: winnow_call_wait returns at once. */
+bool winnow_call_is_back(struct winnow_call *call);
 /* Ends the call, frees it and says how it ended: waits for the daemon's status until the deadline,
  * else cancels (error -ETIMEDOUT). `status` NULL: cancelled at once. NULL call is fine. */
 void winnow_call_finish(struct winnow_call *call, int64_t deadline_ns,

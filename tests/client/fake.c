@@ -301,6 +301,7 @@ static void attend_reply(struct fake_call *call, const Winnow__V1__AttendRequest
         certificate[i] = (Winnow__V1__Certificate)WINNOW__V1__CERTIFICATE__INIT;
         certificate[i].verdict = WINNOW__V1__VERDICT__VERDICT_MET;
         certificate[i].bytes_read = item->position;
+        certificate[i].blocks_device = item->position % 2; /* a GPU's: the next is awaited awake */
         results[i] = &result[i];
         result[i].certificate = &certificate[i];
         if (is_script(call, FAKE_ITEM_LOST)) {

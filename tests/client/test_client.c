@@ -146,6 +146,7 @@ static void test_attend__answers_over_one_stream(void)
         CHECK(step.lse[Q_HEADS - 1] == 0.5F);
         CHECK_EQ(item.certificate.verdict, WINNOW_MET);
         CHECK_EQ(item.certificate.bytes_read, position);
+        CHECK_EQ(item.certificate.blocks_device, position % 2);
         CHECK_EQ(winnow_session_held(session, 1), position + 1);
         CHECK_EQ(winnow_session_held(session, 0), 0);
     }
@@ -330,9 +331,10 @@ static void test_client__silence_ends_at_the_deadline(void)
     winnow_client *client = client_open();
     winnow_session *session = session_open(client);
     struct step step;
-    winnow_attend_item item = step_item(&step, session, 0);
+    winnow_attend_item item = step_item(&step, session, 1);
     float one[Q_HEADS * WIDTH] = {0};
 
+    CHECK_EQ(winnow_attend(client, 0, &item, 1, 0), 0); /* a GPU's: the next is awaited awake */
     fake_set_script(fake, FAKE_SILENT);
     int64_t begin_ns = winnow_clock_now_ns();
     CHECK_EQ(winnow_attend(client, 0, &item, 1, in_ms(30)), -ETIMEDOUT);

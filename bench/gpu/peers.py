@@ -4,8 +4,8 @@
 
 One decode step (one query a sequence) of 32 query and 8 KV heads, d 128, bf16, over all KV in
 device memory: CUDA graphs over up to four layers' KV in turn, L2 flushed before, medians. SDPA with
-each backend, the four query heads of a KV head as heads (`gqa`) and as four queries (`folded`); FlashInfer with tensor cores where it can be imported. What does not run is a
-comment.
+each backend, the four query heads of a KV head as heads (`gqa`) and as four queries (`folded`);
+FlashInfer with tensor cores where it can be imported. What does not run is a comment.
 """
 
 import sys

@@ -258,12 +258,6 @@ static bool items_spin(struct winnow_core *core)
     return false;
 }
 
-/* A step may run many items: deadlines and certificates want to know how late it is. */
-static int64_t clock_now(const struct winnow_core *core)
-{
-    return core->options.now ? core->options.now(core->options.now_arg) : winnow_clock_now_ns();
-}
-
 /* Workers spin between the phases of a step, but not while it waits for the disk: on a small
  * machine the I/O thread needs their core. */
 static void team_warm(const struct winnow_core *core)
@@ -275,7 +269,7 @@ int64_t winnow_core_step(struct winnow_core *core, int64_t now_ns)
 {
     int64_t next_ns;
     team_warm(core);
-    for (core->now_ns = now_ns;; core->now_ns = clock_now(core)) {
+    for (core->now_ns = now_ns;; core->now_ns = winnow_core_clock(core)) {
         core->progress = winnow_requests_poll(core);
         core->progress |= items_poll(core);
         core->progress |= store_poll(core);

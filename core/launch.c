@@ -1,7 +1,6 @@
 // Launches: steps that wait go to the device together, and come back with an answer, with blocks to
 // read from disk, or not at all.
 #include <base/assert.h>
-#include <base/clock.h>
 #include <core/session.h>
 #include <errno.h>
 #include <string.h>
@@ -296,11 +295,6 @@ bool winnow_device_poll(struct winnow_core *core)
     return any;
 }
 
-static int64_t clock_now(const struct winnow_core *core)
-{
-    return core->options.now ? core->options.now(core->options.now_arg) : winnow_clock_now_ns();
-}
-
 /* Every session of the device is in a launch, and the owner has no other work: nobody is kept. */
 static bool nobody_else(const struct winnow_core *core)
 {
@@ -316,7 +310,7 @@ bool winnow_device_spin(struct winnow_core *core)
 {
     if (!is_launched(core->tiers.device) || !nobody_else(core))
         return false;
-    for (int64_t end_ns = clock_now(core) + SPIN_NS; clock_now(core) <= end_ns;)
+    for (int64_t end_ns = winnow_core_clock(core) + SPIN_NS; winnow_core_clock(core) <= end_ns;)
         if (winnow_device_poll(core))
             return true;
     return false;

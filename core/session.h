@@ -11,6 +11,7 @@
 #pragma once
 
 #include <assert.h>
+#include <base/clock.h>
 #include <base/pool.h>
 #include <base/ring.h>
 #include <base/rng.h>
@@ -425,6 +426,12 @@ void winnow_spill_done(struct winnow_core *core, const struct winnow_store_done 
 
 /* --- certificate.c --- */
 void winnow_certificate_close(struct winnow_core *core, struct winnow_session *session);
+
+/* A step may run many items: deadlines and certificates want to know how late it is. */
+static inline int64_t winnow_core_clock(const struct winnow_core *core)
+{
+    return core->options.now ? core->options.now(core->options.now_arg) : winnow_clock_now_ns();
+}
 
 /* A decode step that may answer with the estimate of a block that is lost or late. */
 static inline bool winnow_op_may_degrade(const struct winnow_session *session)

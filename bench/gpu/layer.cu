@@ -80,6 +80,26 @@ uint8_t *arena_make()
     return (uint8_t *)memory;
 }
 
+/* What the card can: reads of its memory, and the copy engine. */
+void rates_run(bench *b)
+{
+    constexpr size_t COPY_BYTES = (size_t)1 << 30;
+    cudaStream_t stream;
+    int n_multiprocessors;
+
+    ok(cudaDeviceGetAttribute(&n_multiprocessors, cudaDevAttrMultiProcessorCount, 0), "device");
+    ok(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+    stopwatch w = stopwatch_init(stream, b->budget_ms);
+    b->read_rate = card_read_rate(w, (uint32_t)n_multiprocessors);
+    ok(cudaHostRegister(b->arena, COPY_BYTES, cudaHostRegisterPortable), "register");
+    b->copy_rate = card_copy_rate(w, b->arena, COPY_BYTES);
+    ok(cudaHostUnregister(b->arena), "register");
+    print({"read", 0, 0, 0, 0, 1, {}, b->read_rate, "loads of device memory"});
+    print({"copy", 0, 0, 0, 0, 1, {}, b->copy_rate, "copy engine from pinned memory"});
+    stopwatch_finish(&w);
+    ok(cudaStreamDestroy(stream), "stream");
+}
+
 /* --- the link --- */
 
 struct gather {
@@ -384,17 +404,7 @@ int main(int argc, char **argv)
     printf("card,0,0,0,0,0,0,0,0,%s; %d SMs; CUDA driver %d\n", prop.name, prop.multiProcessorCount,
            driver);
     b.arena = arena_make();
-    cudaStream_t stream;
-    ok(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
-    stopwatch w = stopwatch_init(stream, b.budget_ms);
-    b.read_rate = card_read_rate(w, (uint32_t)prop.multiProcessorCount);
-    size_t n_bytes = (size_t)1 << 30;
-    ok(cudaHostRegister(b.arena, n_bytes, cudaHostRegisterPortable), "register");
-    b.copy_rate = card_copy_rate(w, b.arena, n_bytes);
-    ok(cudaHostUnregister(b.arena), "register");
-    print({"read", 0, 0, 0, 0, 1, {}, b.read_rate, "loads of device memory"});
-    print({"copy", 0, 0, 0, 0, 1, {}, b.copy_rate, "copy engine from pinned memory"});
-    stopwatch_finish(&w);
+    rates_run(&b);
     gather_run(b);
     fixed_run(b);
     for (const cell &c : cells)

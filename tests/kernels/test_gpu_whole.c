@@ -287,33 +287,73 @@ static void test_gpu_whole__same_bits(void)
     scene_close();
 }
 
-/* A sparse step finds what the one before brought in, and no more, with whole reads between them. */
+/* Sparse steps find their blocks where they would without whole reads between them, in a cache that
+ * those would fill twice over. */
 static void test_gpu_whole__leaves_the_cache(void)
 {
-    static struct scene_item sparse, whole;
     struct scene_options options = crowd;
-    struct winnow_gpu_counters counters;
+    struct winnow_gpu_counters counters[2];
+    static struct scene_item item, whole;
+    struct winnow_gpu_certificate expected[4];
 
     options.n_sessions = 1;
     options.n_segments[0] = 30;
     scene_open(&options);
-    struct winnow_gpu *gpu =
-        scene_put(&scene, device, &(struct scene_gpu_options){.n_slots = 1024});
-    for (int i = 0; i < 3; i++) {
-        scene_item_init(&scene, &sparse, 0, 0, 0, 0.99f);
-        sparse.item.n_blocks_max = 16;
-        scene_decode(&scene, gpu, 1, &sparse);
-        CHECK_EQ(i > 0 ? sparse.certificate.n_blocks_device : sparse.certificate.n_blocks_host, 32);
-        scene_item_finish(&scene, &sparse);
-        scene_item_init(&scene, &whole, 0, 0, 0, 1);
-        scene_decode(&scene, gpu, 1, &whole);
-        certificate_check(&whole);
-        CHECK_EQ(whole.certificate.n_blocks_device, 32);
-        scene_item_finish(&scene, &whole);
+    for (int with_whole = 0; with_whole < 2; with_whole++) {
+        struct winnow_gpu *gpu =
+            scene_put(&scene, device, &(struct scene_gpu_options){.n_slots = 512});
+        for (uint32_t i = 0; i < 4; i++) {
+            scene_item_init(&scene, &item, 0, 0, i % 3, 0.99f);
+            item.item.n_blocks_max = 16; /* of 240; 256 slots hold the steps' 96 at most */
+            scene_decode(&scene, gpu, 1, &item);
+            if (!with_whole)
+                expected[i] = item.certificate;
+            CHECK(!memcmp(&expected[i], &item.certificate, sizeof expected[i]));
+            scene_item_finish(&scene, &item);
+            if (!with_whole)
+                continue;
+            scene_item_init(&scene, &whole, 0, 0, i, 1);
+            scene_decode(&scene, gpu, 1, &whole);
+            certificate_check(&whole);
+            CHECK(whole.certificate.n_blocks_device >= 32);
+            scene_item_finish(&scene, &whole);
+        }
+        CHECK_EQ(api->counters(gpu, 0, &counters[with_whole]), 0);
+        api->destroy(gpu);
     }
-    CHECK_EQ(api->counters(gpu, 0, &counters), 0);
-    CHECK_EQ(counters.n_hits, 64);
-    CHECK_EQ(counters.n_misses, 32);
+    CHECK(expected[3].n_blocks_host == 0 && expected[1].n_blocks_host > 0);
+    CHECK(!memcmp(&counters[0], &counters[1], sizeof counters[0]));
+    scene_close();
+}
+
+/* Whom the next step drives out is decided by sparse steps alone: session 1, used before session 0,
+ * though a whole read of 1 came last. A window of eight slots is all the cache. */
+static void test_gpu_whole__renews_no_stamp(void)
+{
+    static const struct {
+        uint32_t session, budget, n_host; /* budget 0: whole */
+    } steps[] = {{0, 3, 3}, {1, 3, 3}, {0, 3, 0}, {0, 0, 69}, {1, 0, 69}, {2, 4, 4}, {0, 3, 0}};
+    struct scene_options options = {
+        .shape = SHAPE(1, 2, 1, 64, 64, WINNOW_FP16, WINNOW_FP32),
+        .segment_tokens = 128,
+        .n_sinks = 16,
+        .n_sessions = 3,
+        .n_segments = {9, 9, 9},
+        .n_tail = {20, 30, 40},
+        .seed = test_seed(),
+    };
+    static struct scene_item item;
+
+    scene_open(&options);
+    struct winnow_gpu *gpu = scene_put(&scene, device, &(struct scene_gpu_options){.n_slots = 8});
+    for (size_t i = 0; i < sizeof steps / sizeof steps[0]; i++) {
+        scene_item_init(&scene, &item, steps[i].session, 0, 0, steps[i].budget ? 0.9999f : 1);
+        item.item.n_blocks_max = steps[i].budget;
+        scene_decode(&scene, gpu, 1, &item);
+        CHECK_EQ(item.certificate.status, 0);
+        CHECK_EQ(item.certificate.n_blocks_host, steps[i].n_host);
+        scene_item_finish(&scene, &item);
+    }
     api->destroy(gpu);
     scene_close();
 }
@@ -395,6 +435,7 @@ int main(int argc, char **argv)
     scene_api_init(argc, argv);
     TEST_RUN(test_gpu_whole__refuses_a_mixture);
     TEST_RUN(test_gpu_whole__leaves_the_cache);
+    TEST_RUN(test_gpu_whole__renews_no_stamp);
     TEST_RUN(test_gpu_whole__disk_blocks_are_named);
     TEST_RUN(test_gpu_whole__same_bits);
     TEST_RUN(test_gpu_whole__as_ref);

@@ -12,7 +12,7 @@
  * theirs like any other's.
  *
  * Whole reads (mass 1, short contexts, a strict step that stayed short) are launches of their own,
- * which leave the device's cache alone. Few of their blocks may be away: those are read before the
+ * which evict nothing from the device's cache. Few of their blocks may be away: those are read before the
  * launch; of many the CPU's way streams past the cache (rule 3).
  *
  * Windows (AttendExact) stay the CPU's, over blocks of layout 2 that it has to reorder: an engine on a

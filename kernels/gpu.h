@@ -26,9 +26,9 @@
  * ref's by the rest of one bin (0.5-0.65 % of the blocks, gpu_scan's measurement).
  *
  * A **whole** item, mass 1, has no selection: all is attended, sinks and tail, then every sealed block
- * in list order. It takes blocks from the slots they are in and the others from the host, and leaves
- * the cache as it is: a whole read that went through it would sweep it. A launch's items are all whole
- * or none is.
+ * in list order. It finds blocks in slots and puts others into slots that are empty; it evicts none,
+ * and what it puts there goes before anything else: a whole read that took its place like a sparse one
+ * would sweep the cache. A launch's items are all whole or none is.
  *
  * Thread: one owner a gpu; calls return at once but where "waits" is said. After a call returned
  * -EIO (a sticky error: the context is lost) every further call but destroy returns -EIO.
@@ -76,8 +76,7 @@ struct winnow_gpu_certificate {
     uint32_t n_rounds; /* 1, or 2: some head was short and read more */
     float mass_reached, mass_mean;           /* least over query heads; mean */
     uint32_t n_blocks_device, n_blocks_host; /* selected, by where they were found */
-    uint32_t n_blocks_unfit; /* of those on the host, attended from there: no slot was free, or the
-                                item is whole */
+    uint32_t n_blocks_unfit; /* of those on the host, attended from there: no slot was free */
     uint32_t n_blocks_disk;  /* selected, on disk: compensated; a head with such has one round. Of a
                                 whole item: left out, and the mass is 0 */
     uint32_t n_heads_spent;  /* KV heads whose selection is the budget */

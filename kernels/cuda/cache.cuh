@@ -9,6 +9,10 @@
  * not been for longest. Slots used by this launch never go. Nothing found in N_TRIES windows: the
  * block is read from the host, without a slot.
  *
+ * A whole read wants every block once and none more than another: were it to evict or to stamp, it
+ * would sweep the cache for blocks that no sparse step chose. It takes empty slots alone, as if they
+ * had been unused for long, and stamps nothing; so the next that look for a slot find its blocks first.
+ *
  * Rejected: an age that halves until a victim is found (up to 11 dependent loads a miss).
  */
 #pragma once
@@ -27,11 +31,18 @@ struct winnow_gpu_resolved {
     bool is_eviction;  /* its slot held another block */
 };
 
+/* A unit's layer and head in the index. */
+struct winnow_gpu_place {
+    uint32_t session, layer, head, stamp;
+    bool is_whole; /* of a launch that reads everything */
+};
+
 namespace winnow_gpu_cache
 {
 
 constexpr uint32_t PLACING = 0xffffffffu; /* loc: somebody looks for a slot */
 constexpr uint32_t WINDOW_SLOTS = 8, N_TRIES = 4;
+constexpr uint32_t WHOLE_AGE = UINT32_C(1) << 30; /* older than what any sparse launch used */
 
 typedef cuda::atomic_ref<uint32_t, cuda::thread_scope_device> atomic_u32;
 typedef cuda::atomic_ref<uint64_t, cuda::thread_scope_device> atomic_u64;
@@ -47,15 +58,16 @@ static __device__ uint32_t hand_take(uint32_t *hand)
     return here.shfl(first, 0) + here.thread_rank();
 }
 
-/* The word becomes mine with this launch's stamp; false: it holds another block. */
-static __device__ bool word_stamp(uint64_t *slot_word, uint32_t block_id, uint32_t stamp,
-                                  uint64_t *ret_word)
+/* The word becomes mine with this launch's stamp (a whole read leaves it as it is: nobody evicts
+ * beside it); false: it holds another block. */
+static __device__ bool word_stamp(uint64_t *slot_word, uint32_t block_id,
+                                  const winnow_gpu_place &unit, uint64_t *ret_word)
 {
     atomic_u64 word(*slot_word);
     uint64_t old = word.load(cuda::memory_order_relaxed);
 
     while (old >> 32 == block_id + UINT64_C(1)) {
-        uint64_t mine = (old & ~WINNOW_GPU_STAMP_MASK) | stamp;
+        uint64_t mine = unit.is_whole ? old : (old & ~WINNOW_GPU_STAMP_MASK) | unit.stamp;
         if (old == mine || word.compare_exchange_weak(old, mine, cuda::memory_order_relaxed)) {
             *ret_word = mine;
             return true;
@@ -64,9 +76,10 @@ static __device__ bool word_stamp(uint64_t *slot_word, uint32_t block_id, uint32
     return false;
 }
 
-/* The slot of a window that was not used for longest; false: all are in use. */
+/* The slot of a window that was not used for longest, an empty one first; false: all are in use. */
 static __device__ bool victim_find(const uint64_t *slot_word, uint32_t n_slots, uint32_t window,
-                                   uint32_t stamp, uint32_t *ret_slot, uint64_t *ret_word)
+                                   const winnow_gpu_place &unit, uint32_t *ret_slot,
+                                   uint64_t *ret_word)
 {
     uint32_t n_windows = (n_slots + WINDOW_SLOTS - 1) / WINDOW_SLOTS;
     uint32_t first = window % n_windows * WINDOW_SLOTS, oldest = 0;
@@ -74,7 +87,8 @@ static __device__ bool victim_find(const uint64_t *slot_word, uint32_t n_slots, 
 #pragma unroll
     for (uint32_t i = 0; i < WINDOW_SLOTS; i++) {
         uint64_t word = first + i < n_slots ? __ldcg(slot_word + first + i) : WINNOW_GPU_FETCHING;
-        uint32_t age = (stamp - (uint32_t)word) & WINNOW_GPU_STAMP_MASK;
+        uint32_t age = (unit.stamp - (uint32_t)word) & WINNOW_GPU_STAMP_MASK;
+        age = unit.is_whole ? 0 : age;
         age = word >> 32 ? age : WINNOW_GPU_STAMP_MASK; /* empty */
         if (!(word & WINNOW_GPU_FETCHING) && age > oldest) {
             oldest = age;
@@ -86,21 +100,22 @@ static __device__ bool victim_find(const uint64_t *slot_word, uint32_t n_slots, 
 }
 
 /* A slot of the layer marked as mine and as being filled; false: none is free. */
-static __device__ bool slot_take(const winnow_gpu_view &view, uint32_t layer, uint32_t block_id,
-                                 uint32_t stamp, uint32_t *ret_slot, bool *ret_is_eviction)
+static __device__ bool slot_take(const winnow_gpu_view &view, const winnow_gpu_place &unit,
+                                 uint32_t block_id, uint32_t *ret_slot, bool *ret_is_eviction)
 {
-    uint64_t *words = view.slot_word + (size_t)layer * view.n_slots_layer;
+    uint64_t *words = view.slot_word + (size_t)unit.layer * view.n_slots_layer;
+    uint64_t stamp = (unit.stamp - (unit.is_whole ? WHOLE_AGE : 0)) & WINNOW_GPU_STAMP_MASK;
     uint64_t mine = (block_id + UINT64_C(1)) << 32 | WINNOW_GPU_FETCHING | stamp;
 
     for (uint32_t i = 0; i < N_TRIES && view.n_slots_layer > 0; i++) {
         uint64_t word;
-        uint32_t slot, window = hand_take(view.hand + layer);
-        if (!victim_find(words, view.n_slots_layer, window, stamp, &slot, &word))
+        uint32_t slot, window = hand_take(view.hand + unit.layer);
+        if (!victim_find(words, view.n_slots_layer, window, unit, &slot, &word))
             continue;
         if (!atomic_u64(words[slot])
                  .compare_exchange_strong(word, mine, cuda::memory_order_relaxed))
             continue;
-        *ret_slot = layer * view.n_slots_layer + slot;
+        *ret_slot = unit.layer * view.n_slots_layer + slot;
         *ret_is_eviction = word >> 32 != 0;
         return true;
     }
@@ -108,15 +123,15 @@ static __device__ bool slot_take(const winnow_gpu_view &view, uint32_t layer, ui
 }
 
 /* The holder of loc gives the block a slot, the host or the disk as its place, and loc back. */
-static __device__ winnow_gpu_resolved place_missing(const winnow_gpu_view &view, uint32_t layer,
-                                                    uint32_t block_id, uint32_t stamp,
+static __device__ winnow_gpu_resolved place_missing(const winnow_gpu_view &view,
+                                                    const winnow_gpu_place &unit, uint32_t block_id,
                                                     uint32_t home, uint32_t *loc)
 {
     winnow_gpu_resolved block = {WINNOW_GPU_ON_DISK, home, false, false, false, false, false};
     uint32_t slot, loc_new = 0;
 
     if (home != WINNOW_GPU_ON_DISK) {
-        block.has_to_fetch = slot_take(view, layer, block_id, stamp, &slot, &block.is_eviction);
+        block.has_to_fetch = slot_take(view, unit, block_id, &slot, &block.is_eviction);
         block.has_to_wait = block.has_to_fetch;
         block.is_unfit = !block.has_to_fetch;
         block.place = block.has_to_fetch ? slot : WINNOW_GPU_FROM_HOST | home;
@@ -127,11 +142,6 @@ static __device__ winnow_gpu_resolved place_missing(const winnow_gpu_view &view,
 }
 
 } // namespace winnow_gpu_cache
-
-/* A unit's layer and head in the index. */
-struct winnow_gpu_place {
-    uint32_t session, layer, head, stamp;
-};
 
 static __device__ inline uint8_t *winnow_gpu_unit_index(const winnow_gpu_view &view,
                                                         const winnow_gpu_place &unit,
@@ -177,32 +187,11 @@ static __device__ winnow_gpu_resolved winnow_gpu_resolve(const winnow_gpu_view &
             continue;
         }
         if (at != 0 && (at - 1) / view.n_slots_layer == unit.layer &&
-            word_stamp(view.slot_word + at - 1, block_id, unit.stamp, &word)) {
+            word_stamp(view.slot_word + at - 1, block_id, unit, &word)) {
             bool is_filling = word & WINNOW_GPU_FETCHING;
             return {at - 1, home, !is_filling, is_filling, false, false, false};
         }
         if (loc.compare_exchange_strong(at, PLACING, cuda::memory_order_acquire))
-            return place_missing(view, unit.layer, block_id, unit.stamp, home, loc_at);
+            return place_missing(view, unit, block_id, home, loc_at);
     }
-}
-
-/* The place of a block as it is now. Nothing is claimed and no stamp renewed: the answer holds while
- * nobody resolves. */
-static __device__ inline uint32_t winnow_gpu_look(const winnow_gpu_view &view,
-                                                  const winnow_gpu_place &unit,
-                                                  uint32_t segment_slot, uint32_t block)
-{
-    uint32_t unit_idx = unit.layer * view.n_kv_heads + unit.head, i = block % view.span_blocks;
-    const uint8_t *index = winnow_gpu_unit_index(view, unit, segment_slot);
-    uint32_t block_id =
-        (segment_slot * view.n_layers * view.n_kv_heads + unit_idx) * view.span_blocks + i;
-    uint32_t home = ((const uint32_t *)(index + view.home_at))[i];
-    uint32_t at = ((const uint32_t *)(index + view.loc_at))[i];
-
-    if (at != 0 && (at - 1) / view.n_slots_layer == unit.layer) {
-        uint64_t word = view.slot_word[at - 1];
-        if (word >> 32 == block_id + UINT64_C(1) && !(word & WINNOW_GPU_FETCHING))
-            return at - 1;
-    }
-    return home == WINNOW_GPU_ON_DISK ? home : WINNOW_GPU_FROM_HOST | home;
 }

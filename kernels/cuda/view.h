@@ -15,7 +15,7 @@
  *   more    units short of P: the second round, read, attended, joined again, written
  *
  * A launch of whole items (mass 1) has `whole` in the place of scan and select, and no more:
- *   whole   every block listed in order, resolved without a change to the cache; groups queued
+ *   whole   every block listed in order, resolved without an eviction; fetches and groups queued
  *
  * Partials of a unit stand in one order, which is the order of joining:
  *   tail groups (8 blocks: sinks, then tail by position), groups of 8 selected in list order,

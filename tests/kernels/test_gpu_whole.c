@@ -1,7 +1,7 @@
 /*
  * Whole items, mass 1, through the GPU's contract: everything attended, against ref/ within 4 eps of
  * the storage type times sum p|v| (out) and 1e-4 + 1e-6 of the largest logit (lse), and against
- * themselves to the bit, whatever the cache holds; which they leave as they found it.
+ * themselves to the bit, whatever the cache holds; of which they take what is empty.
  */
 #include "gpu_scene.h"
 
@@ -41,7 +41,7 @@ static void certificate_check(const struct scene_item *item)
     CHECK_EQ(c->n_rounds, 1);
     CHECK(c->mass_reached == 1 && c->mass_mean == 1);
     CHECK_EQ(c->n_blocks_device + c->n_blocks_host, n_sealed_of(item->item.session));
-    CHECK_EQ(c->n_blocks_unfit, c->n_blocks_host);
+    CHECK(c->n_blocks_unfit <= c->n_blocks_host);
     CHECK_EQ(c->n_blocks_disk, 0);
     CHECK_EQ(c->n_heads_spent, 0);
 }
@@ -287,14 +287,13 @@ static void test_gpu_whole__same_bits(void)
     scene_close();
 }
 
-/* Sparse steps find their blocks where they would without whole reads between them, in a cache that
- * those would fill twice over. */
-static void test_gpu_whole__leaves_the_cache(void)
+/* Sparse steps find all that they would find without whole reads between them, in a cache that those
+ * would fill twice over; and whole reads find what an earlier one put into empty slots. */
+static void test_gpu_whole__evicts_nothing(void)
 {
     struct scene_options options = crowd;
-    struct winnow_gpu_counters counters[2];
     static struct scene_item item, whole;
-    struct winnow_gpu_certificate expected[4];
+    uint32_t n_host[2][4];
 
     options.n_sessions = 1;
     options.n_segments[0] = 30;
@@ -306,23 +305,20 @@ static void test_gpu_whole__leaves_the_cache(void)
             scene_item_init(&scene, &item, 0, 0, i % 3, 0.99f);
             item.item.n_blocks_max = 16; /* of 240; 256 slots hold the steps' 96 at most */
             scene_decode(&scene, gpu, 1, &item);
-            if (!with_whole)
-                expected[i] = item.certificate;
-            CHECK(!memcmp(&expected[i], &item.certificate, sizeof expected[i]));
+            n_host[with_whole][i] = item.certificate.n_blocks_host;
+            CHECK(n_host[with_whole][i] <= n_host[0][i]);
             scene_item_finish(&scene, &item);
             if (!with_whole)
                 continue;
             scene_item_init(&scene, &whole, 0, 0, i, 1);
             scene_decode(&scene, gpu, 1, &whole);
             certificate_check(&whole);
-            CHECK(whole.certificate.n_blocks_device >= 32);
+            CHECK(whole.certificate.n_blocks_device >= (i == 0 ? 32 : 200));
             scene_item_finish(&scene, &whole);
         }
-        CHECK_EQ(api->counters(gpu, 0, &counters[with_whole]), 0);
         api->destroy(gpu);
     }
-    CHECK(expected[3].n_blocks_host == 0 && expected[1].n_blocks_host > 0);
-    CHECK(!memcmp(&counters[0], &counters[1], sizeof counters[0]));
+    CHECK(n_host[0][0] == 32 && n_host[0][1] > 0 && n_host[0][3] == 0);
     scene_close();
 }
 
@@ -378,7 +374,7 @@ static void test_gpu_whole__disk_blocks_are_named(void)
         for (uint32_t at = 0; at < 2 * scene.span; at++)
             n_disk += at % 5 == 0;
     for (int i = 0; i < 2; i++) {
-        uint32_t n_blocks = scene.of.n_segments[0] * scene.span, n_listed = 0;
+        uint32_t n_blocks = scene.of.n_segments[0] * scene.span, n_listed = 0, n_here = 0;
         scene_item_init(&scene, &item, 0, 1, 3, 1);
         scene_decode(&scene, b, 1, &item);
         CHECK_EQ(item.certificate.status, 0);
@@ -386,15 +382,17 @@ static void test_gpu_whole__disk_blocks_are_named(void)
         CHECK(item.certificate.mass_reached == (float)i);
         if (i == 0)
             n_listed = n_disk + item.certificate.n_blocks_unfit;
-        CHECK_EQ(n_listed, i == 0 ? 2 * n_blocks : 0);
         for (uint32_t j = 0; j < n_listed; j++) {
-            CHECK_EQ(item.disk_block[j], j);
-            uint32_t head = j / n_blocks, segment = j % n_blocks / scene.span;
+            uint32_t block = item.disk_block[j], head = block / n_blocks;
+            uint32_t segment = block % n_blocks / scene.span, at = block % scene.span;
+            CHECK(block < 2 * n_blocks && (j == 0 || block > item.disk_block[j - 1]));
+            n_here += (head * scene.span + at) % 5 == 0;
             struct winnow_gpu_home home = {
-                scene_slot(&scene, 0, segment), (2 + head) * scene.span + j % scene.span,
-                scene_head(&scene, 0, 1, head)->segment[segment].home[j % scene.span]};
+                scene_slot(&scene, 0, segment), (2 + head) * scene.span + at,
+                scene_head(&scene, 0, 1, head)->segment[segment].home[at]};
             CHECK_EQ(api->homes_set(b, 1, &home), 0);
         }
+        CHECK_EQ(n_here, i == 0 ? n_disk : 0);
         if (i == 1)
             scene_same(&scene, &all, &item);
         scene_item_finish(&scene, &item);
@@ -434,7 +432,7 @@ int main(int argc, char **argv)
 {
     scene_api_init(argc, argv);
     TEST_RUN(test_gpu_whole__refuses_a_mixture);
-    TEST_RUN(test_gpu_whole__leaves_the_cache);
+    TEST_RUN(test_gpu_whole__evicts_nothing);
     TEST_RUN(test_gpu_whole__renews_no_stamp);
     TEST_RUN(test_gpu_whole__disk_blocks_are_named);
     TEST_RUN(test_gpu_whole__same_bits);

@@ -65,7 +65,7 @@ inline spread spread_of(std::vector<float> ms, double n_layers)
 /* Times graphs on one stream. */
 struct stopwatch {
     static constexpr size_t FLUSH_BYTES = (size_t)256 << 20;
-    static constexpr uint32_t N_MIN = 11, N_MAX = 101, N_WARM = 3;
+    static constexpr uint32_t N_MIN = 7, N_MAX = 101, N_WARM = 2;
     cudaStream_t stream;
     cudaEvent_t from, to;
     uint8_t *flush;

@@ -86,12 +86,11 @@ inline winnow_gpu_options stack_options(const winnow_model_shape &shape, uint32_
 /* Bytes on the device. */
 inline uint64_t stack_bytes(const winnow_gpu_options &options)
 {
-    struct winnow_gpu_sizes sizes;
+    winnow_gpu_layout layout;
     char text[256];
 
-    stack_ok(winnow_gpu_find(WINNOW_GPU_API_VERSION)->sizes(&options, &sizes, text), text);
-    return sizes.index_bytes + sizes.tail_bytes + sizes.cache_bytes + sizes.scratch_bytes +
-           sizes.other_bytes + (1 << 20);
+    stack_ok(winnow_gpu_layout_init(&layout, &options, text), text);
+    return layout.n_bytes + (1 << 20);
 }
 
 /* The arena is pinned until stack_finish. batch: a power of 2. */

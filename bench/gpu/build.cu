@@ -6,8 +6,9 @@
  *   build [layers]          layers of 128K tokens to build one after the other: 4
  *
  * First each stage of one job alone, between events, and the link's ceiling. Then layers through the
- * contract, four jobs out, host to host; then the same beside decode steps over 128K tokens, which
- * are timed without and with jobs beside them. Shares are of a prefill at 400 TFLOP/s:
+ * contract, four jobs out, host to host; then beside decode steps over 128K tokens, and beside matrix
+ * products that fill the card as a prefill's do, both timed without and with jobs beside them: what
+ * the products lose is a build's price. Shares are of a prefill at 400 TFLOP/s:
  *   2 x 8.0e9 weights x 128K + 4 x (128K)^2 / 2 x 4,096 x 32 layers (attention, causal)
  */
 #include <algorithm>
@@ -16,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <kernels/cuda/build.h>
+#include <kernels/cuda/fragment.cuh>
 #include <kernels/cuda/layout.h>
 #include <kernels/gpu.h>
 #include <random>
@@ -394,6 +396,74 @@ void steps_time(const winnow_gpu_view &view)
         pipeline_turn(p, p->n_begun);
     delete p;
 }
+// --- beside a prefill ---------------------------------------------------------------------------
+
+constexpr uint32_t N_PRODUCTS = 40, N_ROUNDS = 12000, PRODUCT_BYTES = 160u << 10;
+
+/* A thread block a multiprocessor, tensor cores busy, for about 0.1 ms. */
+__global__ void __launch_bounds__(256, 1) products(float *sink)
+{
+    float sum[8][4] = {};
+    uint4 a = make_uint4(threadIdx.x, 1, 2, 3);
+    uint2 b = make_uint2(blockIdx.x, 5);
+
+    for (uint32_t i = 0; i < N_ROUNDS / 8; i++)
+#pragma unroll
+        for (uint32_t j = 0; j < 8; j++)
+            mma<WINNOW_FP16>(sum[j], a, b);
+    for (uint32_t j = 1; j < 8; j++)
+        sum[0][0] += sum[j][0];
+    if (sum[0][0] == 12345)
+        *sink = sum[0][0];
+}
+
+/* us of the products; with p: jobs are kept out meanwhile. */
+double products_us(cudaStream_t stream, float *sink, pipeline *p)
+{
+    cudaEvent_t begin, end;
+    float ms;
+
+    ok(cudaEventCreate(&begin), "event");
+    ok(cudaEventCreate(&end), "event");
+    ok(cudaEventRecord(begin, stream), "record");
+    for (uint32_t i = 0; i < N_PRODUCTS; i++)
+        products<<<132 * 8, 256, PRODUCT_BYTES, stream>>>(sink);
+    ok(cudaEventRecord(end, stream), "record");
+    while (p && cudaEventQuery(end) == cudaErrorNotReady)
+        pipeline_turn(p, UINT64_MAX);
+    ok(cudaEventSynchronize(end), "products");
+    ok(cudaEventElapsedTime(&ms, begin, end), "time");
+    ok(cudaEventDestroy(begin), "event");
+    ok(cudaEventDestroy(end), "event");
+    return ms * 1e3;
+}
+
+void prefill_time(const winnow_gpu_view &view)
+{
+    int least, greatest;
+    cudaStream_t stream;
+    float *sink;
+    pipeline *p = new pipeline();
+
+    pipeline_init(p, view);
+    ok(cudaDeviceGetStreamPriorityRange(&least, &greatest), "priorities");
+    ok(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest), "stream");
+    ok(cudaMalloc(&sink, sizeof *sink), "sink");
+    ok(cudaFuncSetAttribute(products, cudaFuncAttributeMaxDynamicSharedMemorySize, PRODUCT_BYTES),
+       "shared memory");
+    products_us(stream, sink, NULL);
+    double alone = products_us(stream, sink, NULL);
+    double beside = products_us(stream, sink, p);
+    double n_jobs = (double)p->n_done;
+    printf("products: %.1f ms alone, %.1f ms beside %.0f jobs\n", alone / 1e3, beside / 1e3,
+           n_jobs);
+    share_print("price beside products", (beside - alone) / n_jobs * N_SPANS);
+    while (p->n_done < p->n_begun)
+        pipeline_turn(p, p->n_begun);
+    ok(cudaFree(sink), "free");
+    ok(cudaStreamDestroy(stream), "stream");
+    delete p;
+}
 } /* namespace */
 
 int main(int argc, char **argv)
@@ -422,6 +492,7 @@ int main(int argc, char **argv)
     layers_time(layout.view, n_layers);
     context_put(layout.view);
     steps_time(layout.view);
+    prefill_time(layout.view);
     api->destroy(gpu);
     api->close(device);
     return 0;

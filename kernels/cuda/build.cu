@@ -15,8 +15,9 @@
  * bits find the projection that parts the halves. Prefix sums keep the order of position. No sum
  * depends on which thread comes first.
  *
- * Rejected: a thread block a unit (20 times the latency of a level, and 8 of 132 multiprocessors
- * busy in a layer); fp64 and fp32 products for C (7 ms a unit of 1,024 x 128).
+ * Rejected: a thread block a unit (its nodes one after the other, and 8 of 132 multiprocessors busy
+ * in a layer's span); fp64 and fp32 products for C (29 us a unit of 1,024 x 128 on a full H100, where
+ * this takes 7.4).
  */
 #include <float.h>
 #include <kernels/cuda/build.h>

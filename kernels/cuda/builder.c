@@ -3,7 +3,7 @@
  *
  * A job's stages wait for one another, and none fills the card or the link: four jobs side by side
  * do, the blocks of one going up while another is cut. Their streams have the lowest priority, so
- * that a decode step waits for thread blocks that run, some 20 us each, and for none that wait.
+ * that a decode step waits for thread blocks that run, some 40 us each, and for none that wait.
  *
  * The result comes down in one copy to pinned memory and is handed out by the poll that finds it.
  */

@@ -61,7 +61,7 @@ struct winnow_gpu_options {
     uint32_t n_slots;                /* the cache, in blocks; divided evenly over layers */
     uint32_t n_items_max;            /* of a launch, at most WINNOW_GPU_ITEMS_MAX */
     uint64_t n_launch_blocks_max;    /* sealed blocks a head, summed over the items of a launch */
-    uint32_t n_fetchers;             /* thread blocks that fetch; 0: 32. No result depends on it */
+    uint32_t n_fetchers;             /* thread blocks that fetch; 0: 16. No result depends on it */
 };
 
 /* What create would reserve. */

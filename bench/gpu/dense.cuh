@@ -79,10 +79,10 @@ template <class F>
 __device__ inline void dense_join(const winnow_gpu_view &view, const float *partial,
                                   uint32_t n_splits, float *out)
 {
-    uint32_t stride = F::HEADS * (view.v_width + 2);
+    uint32_t stride = winnow_gpu_partial_floats(&view), at_output = winnow_gpu_partial_at(&view);
 
     for (uint32_t i = threadIdx.x; i < F::HEADS * view.v_width; i += ATTEND_THREADS) {
-        const float *at = partial + i / view.v_width * (view.v_width + 2);
+        const float *at = partial + 2 * (i / view.v_width);
         float largest = -INFINITY, sum = 0, y = 0;
         for (uint32_t k = 0; k < n_splits; k++)
             largest = fmaxf(largest, __ldcg(at + k * stride));
@@ -90,7 +90,7 @@ __device__ inline void dense_join(const winnow_gpu_view &view, const float *part
         for (uint32_t k = 0; k < n_splits; k++) {
             float w = exp_or_0(__ldcg(at + k * stride) - largest);
             sum += w * __ldcg(at + k * stride + 1);
-            y += w * __ldcg(at + k * stride + 2 + i % view.v_width);
+            y += w * __ldcg(partial + k * stride + at_output + i);
         }
         out[i] = y / sum;
     }
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(ATTEND_THREADS, PER_SM)
     uint32_t n_split = (d.n_blocks + gridDim.y - 1) / gridDim.y, first = blockIdx.y * n_split;
     uint32_t end = min(first + n_split, d.n_blocks), b = first + threadIdx.x / 32;
     const uint8_t *base = d.blocks + (size_t)unit * d.n_blocks * view.block_bytes;
-    float *partial = d.partial + (size_t)unit * gridDim.y * F::HEADS * (view.v_width + 2);
+    float *partial = d.partial + (size_t)unit * gridDim.y * winnow_gpu_partial_floats(&view);
     dense_state<F> state = {};
     block_registers<F> x;
 
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(ATTEND_THREADS, PER_SM)
     }
     dense_store<F>(state, memory);
     __syncthreads();
-    group_join<F>(view, memory, partial + (size_t)blockIdx.y * F::HEADS * (view.v_width + 2));
+    group_join<F>(view, memory, partial + (size_t)blockIdx.y * winnow_gpu_partial_floats(&view));
     if (!count_done(d.n_done + unit, gridDim.y, &is_last))
         return;
     dense_join<F>(view, partial, gridDim.y, d.out + (size_t)unit * F::HEADS * view.v_width);

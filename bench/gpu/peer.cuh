@@ -31,7 +31,7 @@ inline void peer_init(peer *p, const planted &of)
     p->d.n_blocks = s.n_tokens / WINNOW_BLOCK_TOKENS;
     p->d.n_done = device_copy(std::vector<uint32_t>(s.n_units));
     p->d.out = device_alloc<float>(s.n_units * n_group * MODEL_WIDTH);
-    p->d.partial = device_alloc<float>(n_partials * n_group * (MODEL_WIDTH + 2));
+    p->d.partial = device_alloc<float>(n_partials * winnow_gpu_partial_floats(&p->view));
     dense_prepare<peer_form, 1>();
     dense_prepare<peer_form, 2>();
 }

@@ -9,7 +9,6 @@
 #include "card.cuh"
 
 #include <cuda_bf16.h>
-#include <kernels/cuda/control.h>
 #include <kernels/cuda/stage.h>
 #include <numeric>
 #include <random>
@@ -211,23 +210,20 @@ inline void stack_finish(stack *s)
     s->api->close(s->device);
 }
 
-/* The first n_stages of a layer; all of them: with the word that ends a launch. */
+/* The first n_stages of a layer. */
 inline void stack_layer_put(const stack &s, uint32_t l, uint32_t n_stages)
 {
     for (uint32_t i = 0; i < n_stages; i++)
         ok(STACK_STAGES[i].put(&s.layer[l].view, &s.grid, s.gpu->stream), STACK_STAGES[i].name);
-    if (n_stages == STACK_N_STAGES)
-        ok(winnow_gpu_done_write(&s.layer[l].view, s.gpu->done, s.gpu->stream), "done");
 }
 
 /* A whole read of a layer whose items have mass 1. */
 inline void stack_whole_put(const stack &s, uint32_t l)
 {
     stack_stage *stages[] = {winnow_gpu_stage_begin, winnow_gpu_stage_tail, winnow_gpu_stage_whole,
-                             winnow_gpu_stage_attend};
+                             winnow_gpu_stage_attend, winnow_gpu_stage_more};
     for (stack_stage *put : stages)
         ok(put(&s.layer[l].view, &s.grid, s.gpu->stream), "whole");
-    ok(winnow_gpu_done_write(&s.layer[l].view, s.gpu->done, s.gpu->stream), "done");
 }
 
 inline void stack_mass_write(stack *s, uint32_t l, float mass)

@@ -9,7 +9,7 @@
 
 template <class F> struct group_memory {
     float o[GROUP][F::HEADS][F::STRIDE];
-    float m[GROUP][F::HEADS], l[GROUP][F::HEADS]; /* m -inf: nothing there, o not written */
+    float m[GROUP][F::HEADS], l[GROUP][F::HEADS]; /* m -inf: nothing there, o is 0 */
 };
 
 /* A block in a warp's registers: tiles that the shape has not are 0. */
@@ -187,39 +187,45 @@ __device__ inline void block_attend(const winnow_gpu_view &view, const winnow_gp
 /* A warp without a block. */
 template <class F> __device__ inline void block_absent(group_memory<F> *memory)
 {
+    uint32_t warp = threadIdx.x / 32;
+
     if (lane_id() < F::HEADS) {
-        memory->m[threadIdx.x / 32][lane_id()] = -INFINITY;
-        memory->l[threadIdx.x / 32][lane_id()] = 0;
+        memory->m[warp][lane_id()] = -INFINITY;
+        memory->l[warp][lane_id()] = 0;
     }
+#pragma unroll 1
+    for (uint32_t i = lane_id(); i < F::HEADS * F::STRIDE; i += 32)
+        memory->o[warp][0][i] = 0;
 }
 
-/* Joins what the eight warps left, in their order, and stores it at partial [G]. Between barriers. */
+/* Joins what the eight warps left, in their order, and stores it as a partial. Between barriers. */
 template <class F>
 __device__ inline void group_join(const winnow_gpu_view &view, const group_memory<F> *memory,
                                   float *partial)
 {
     uint32_t n_pairs = view.v_width / 2;
 
+#pragma unroll 1
     for (uint32_t i = threadIdx.x; i < view.n_group * n_pairs; i += ATTEND_THREADS) {
         uint32_t g = i / n_pairs, d = 2 * (i % n_pairs);
-        float largest = -INFINITY, l = 0;
+        float m[GROUP], largest = -INFINITY, l = 0;
         float2 o = {0, 0};
 #pragma unroll
-        for (int b = 0; b < GROUP; b++)
-            largest = fmaxf(largest, memory->m[b][g]);
+        for (int b = 0; b < GROUP; b++) {
+            m[b] = memory->m[b][g];
+            largest = fmaxf(largest, m[b]);
+        }
+        float from = largest == -INFINITY ? 0 : largest;
 #pragma unroll
         for (int b = 0; b < GROUP; b++) {
-            if (memory->m[b][g] == -INFINITY)
-                continue;
-            float w = exp_or_0(memory->m[b][g] - largest);
+            float w = exp_or_0(m[b] - from);
             float2 x = *(const float2 *)&memory->o[b][g][d];
             l += w * memory->l[b][g];
             o.x += w * x.x;
             o.y += w * x.y;
         }
-        float2 *at = (float2 *)(partial + g * (view.v_width + 2));
-        at[1 + d / 2] = o;
+        *(float2 *)(partial + winnow_gpu_partial_at(&view) + g * view.v_width + d) = o;
         if (d == 0)
-            at[0] = make_float2(largest, l);
+            *(float2 *)(partial + 2 * g) = make_float2(largest, l);
     }
 }

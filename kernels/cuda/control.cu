@@ -1,4 +1,4 @@
-/* A thread a slot, a home, or the completion word; contracts in control.h. */
+/* A thread a slot or a home; contracts in control.h. */
 #include <kernels/cuda/control.h>
 
 namespace
@@ -32,12 +32,6 @@ __global__ void homes_write(const __grid_constant__ winnow_gpu_view view, uint32
                   (uint64_t)(of.block / view.span_blocks) * view.unit_bytes;
     ((uint32_t *)(at + view.home_at))[of.block % view.span_blocks] = of.home;
 }
-
-__global__ void done_write(const __grid_constant__ winnow_gpu_view view, volatile uint32_t *done)
-{
-    __threadfence_system();
-    *done = view.launch->stamp;
-}
 } /* namespace */
 
 cudaError_t winnow_gpu_slots_drop(const struct winnow_gpu_view *view, uint32_t segment_slot,
@@ -55,12 +49,5 @@ cudaError_t winnow_gpu_homes_write(const struct winnow_gpu_view *view, uint32_t 
 {
     if (n > 0)
         homes_write<<<(n + N_THREADS - 1) / N_THREADS, N_THREADS, 0, stream>>>(*view, n, homes);
-    return cudaGetLastError();
-}
-
-cudaError_t winnow_gpu_done_write(const struct winnow_gpu_view *view, volatile uint32_t *done,
-                                  cudaStream_t stream)
-{
-    done_write<<<1, 1, 0, stream>>>(*view, done);
     return cudaGetLastError();
 }

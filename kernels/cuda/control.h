@@ -1,5 +1,5 @@
-/* Small kernels around a launch: what the host tells the device between launches, and what the
- * device tells the host at the end of one. Errors: a cudaError_t, 0 is success. */
+/* Small kernels between launches: what the host tells the device. Errors: a cudaError_t, 0 is
+ * success. */
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,9 +15,6 @@ cudaError_t winnow_gpu_slots_drop(const struct winnow_gpu_view *, uint32_t segme
 /* homes [n]: memory that the device sees. */
 cudaError_t winnow_gpu_homes_write(const struct winnow_gpu_view *, uint32_t n,
                                    const struct winnow_gpu_home *homes, cudaStream_t);
-/* Stores the launch's stamp to *done (pinned) once all before it in the stream is complete. */
-cudaError_t winnow_gpu_done_write(const struct winnow_gpu_view *, volatile uint32_t *done,
-                                  cudaStream_t);
 
 #ifdef __cplusplus
 }

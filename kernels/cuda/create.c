@@ -7,7 +7,6 @@
 #include <base/alloc.h>
 #include <base/assert.h>
 #include <errno.h>
-#include <kernels/cuda/control.h>
 #include <kernels/cuda/stage.h>
 #include <kernels/cuda/state.h>
 #include <stdio.h>
@@ -61,10 +60,11 @@ static uint64_t staging_bytes_of(const struct winnow_gpu *gpu)
 
 static cudaError_t host_create(struct winnow_gpu *gpu)
 {
-    cudaError_t error = winnow_gpu_pinned_alloc((void *)&gpu->done, sizeof *gpu->done);
+    struct winnow_gpu_view *view = &gpu->layout.view;
+    cudaError_t error = winnow_gpu_pinned_alloc((void *)&view->done, sizeof *view->done);
 
     if (error == cudaSuccess)
-        *gpu->done = 0;
+        *view->done = 0;
     for (int i = 0; i < WINNOW_GPU_LAUNCHES_MAX && error == cudaSuccess; i++)
         error = flight_create(gpu, &gpu->flight[i]);
     gpu->staging_bytes = staging_bytes_of(gpu);
@@ -102,14 +102,12 @@ static cudaError_t stages_put(const struct winnow_gpu *gpu, const struct winnow_
         {winnow_gpu_stage_begin, winnow_gpu_stage_tail, winnow_gpu_stage_scan,
          winnow_gpu_stage_select, winnow_gpu_stage_attend, winnow_gpu_stage_more},
         {winnow_gpu_stage_begin, winnow_gpu_stage_tail, winnow_gpu_stage_whole,
-         winnow_gpu_stage_attend},
+         winnow_gpu_stage_attend, winnow_gpu_stage_more},
     };
     cudaError_t error = cudaSuccess;
 
     for (int i = 0; i < 6 && stages[is_whole][i] && error == cudaSuccess; i++)
         error = stages[is_whole][i](&gpu->layout.view, grid, gpu->stream);
-    if (error == cudaSuccess)
-        error = winnow_gpu_done_write(&gpu->layout.view, gpu->done, gpu->stream);
     return error;
 }
 
@@ -248,7 +246,7 @@ void winnow_gpu_destroy(struct winnow_gpu *gpu)
         if (gpu->staging[i].event)
             cudaEventDestroy(gpu->staging[i].event);
     }
-    cudaFreeHost((void *)gpu->done);
+    cudaFreeHost((void *)gpu->layout.view.done);
     if (gpu->stream)
         cudaStreamDestroy(gpu->stream);
     cudaGetLastError(); /* of a lost device each of these fails; the process's end frees it */

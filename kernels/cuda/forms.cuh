@@ -33,6 +33,12 @@ template <class Call> cudaError_t form_call(const winnow_gpu_view &view, Call ca
     return form_call_heads<256>(view, call);
 }
 
+/* Once, before a kernel's first launch. */
+template <class Kernel> cudaError_t kernel_prepare(Kernel kernel, size_t n_bytes)
+{
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)n_bytes);
+}
+
 /* Launches a kernel of the view that may start while the one before it still runs, where the device
  * can; the kernel waits itself (edge.cuh). */
 inline cudaError_t launch_behind(void (*kernel)(winnow_gpu_view), dim3 n_blocks, uint32_t n_bytes,

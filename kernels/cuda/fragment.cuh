@@ -32,6 +32,7 @@ template <int WIDTH_, int HEADS_, uint32_t DTYPE_> struct form {
 constexpr int GROUP = WINNOW_GROUP_BLOCKS;
 constexpr int ATTEND_THREADS = 32 * GROUP; /* a warp a block */
 constexpr float LOG2_E = 1.4426950408889634f;
+constexpr uint32_t EIO_STATUS = 5, EDOM_STATUS = 33; /* errno, as the host has it */
 
 /* Loads that a condition guards without a branch, so that many are under way before the first is
  * used; 0 where the condition is false. Past L1: other thread blocks may have written there. */
@@ -54,6 +55,31 @@ __device__ inline uint2 load_if(bool is_wanted, const uint2 *at)
     return x;
 }
 
+/* Copies 16 or 8 bytes to shared memory, behind the thread's back; copies are told apart by when
+ * they were grouped, and waited for by how many later groups may still be under way. */
+template <int N_BYTES> __device__ inline void copy_start(uint32_t to, const void *from)
+{
+    if constexpr (N_BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+}
+
+__device__ inline void copies_group()
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+template <int N_LATER> __device__ inline void copies_wait()
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(N_LATER) : "memory");
+}
+
+__device__ inline uint32_t shared_address(const void *at)
+{
+    return (uint32_t)__cvta_generic_to_shared(at);
+}
+
 /* A word that this launch's earlier kernels wrote, or (IS_SHARED) other thread blocks of this one. */
 template <bool IS_SHARED, class T> __device__ inline T load(const T *at)
 {
@@ -72,7 +98,7 @@ __device__ inline uint32_t lane_id()
 template <class F>
 __device__ inline const uint2 *unit_queries(const winnow_gpu_view &view, uint32_t unit_idx)
 {
-    uint32_t n_words = view.k_width / 16 * F::PARTS * 64; /* winnow_gpu_q_fragment_words */
+    uint32_t n_words = view.k_width / 16 * F::PARTS * 64; /* as winnow_gpu_q_fragment_words */
     return (const uint2 *)(view.q_fragment + (uint64_t)unit_idx * n_words);
 }
 
@@ -125,8 +151,10 @@ template <uint32_t DTYPE> __device__ inline float rest_of(float x)
         return x - __half2float(__float2half_rn(x));
 }
 
-/* exp(x), but 0 below -80 and for -inf, as in ref. */
+/* exp(x), but 0 below -80 and for -inf, as in ref: nothing subnormal is left for exp2f to care for. */
 __device__ inline float exp_or_0(float x)
 {
-    return x < -80.0f ? 0.0f : exp2f(x * LOG2_E);
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * LOG2_E));
+    return x < -80.0f ? 0.0f : y;
 }

@@ -1,12 +1,12 @@
 /*
  * The end of a unit: the thread block that finishes its last partial joins them all in list order,
- * verifies, and writes the output, or leaves the unit to the second round. The last head of an item
- * writes the item's certificate.
+ * verifies, and writes the output, or leaves the unit to the second round.
  *
- * Joining is two passes over the partials: the largest m first, then weights of a tile of partials
- * in shared memory and the outputs weighed by them. A thread owns a pair of output columns; where
- * there are fewer pairs than threads, they share the partials and add up in a fixed order. Nothing
- * depends on which thread block does it, or when.
+ * The masses {m, l} come first: largest, sums, verdict. The outputs come meanwhile, through shared
+ * memory, in tiles, as many under way as fit: that takes few instructions and no registers. What is
+ * run once by a thread block costs by its length, since its code comes from L2 too. A thread owns
+ * four output columns; where there are fewer such than threads, they share the partials and add up
+ * in a fixed order. Nothing depends on which thread block does it, or when.
  *
  * What was read and what was not are the sums that the join forms anyway: the certificate costs no
  * pass over blocks. rho comes from quarter_m and quarter_e, integers that the attending warps added.
@@ -15,16 +15,31 @@
 
 #include <kernels/cuda/block.cuh>
 
-constexpr int JOIN_TILE = 128; /* partials weighed at once */
-constexpr int JOIN_BATCH = 16; /* partials whose loads are under way at once */
-constexpr int EDOM_STATUS = 33;
+constexpr int JOIN_SLOTS = 2; /* tiles under way */
+constexpr int JOIN_BATCH = 4; /* masses that a thread loads at once */
 
 template <class F> struct join_memory {
-    float weight[JOIN_TILE][F::HEADS];
-    float2 slice[ATTEND_THREADS];
+    static constexpr int ROW_FLOATS = F::HEADS * (F::WIDTH + 2), ROWS_FIT = 11440 / ROW_FLOATS;
+    static constexpr int ROWS = ROWS_FIT < 22 ? ROWS_FIT : 22; /* partials of a tile */
+    static constexpr int QUADS = F::HEADS * F::WIDTH / 4;
+    static constexpr int PER_THREAD = QUADS > ATTEND_THREADS ? QUADS / ATTEND_THREADS : 1;
+
+    float tile[JOIN_SLOTS][ROWS * ROW_FLOATS];
+    float4 slice[ATTEND_THREADS];
     float of_warp[3][GROUP][F::HEADS];
-    float largest[F::HEADS], read[F::HEADS], rest[F::HEADS];
-    uint32_t is_short, is_bad, is_last;
+    float weight[ROWS][F::HEADS];
+    float largest[F::HEADS], sum[F::HEADS];
+    uint32_t is_short, is_bad;
+};
+
+struct join_range {
+    const float *partial; /* [n] of winnow_gpu_partial_floats */
+    uint32_t n_read, n;   /* the first n_read were read, the others are estimates */
+};
+
+/* Mass of a head, relative to the largest m met: what was read and what was not. */
+struct join_mass {
+    float largest, read, rest;
 };
 
 /* Of a value that thread t holds for head t % HEADS: over all threads, in a fixed order. */
@@ -33,334 +48,303 @@ __device__ inline float heads_reduce(float x, float (*of_warp)[F::HEADS], Join j
 {
     uint32_t lane = lane_id();
 
+#pragma unroll
     for (int offset = 16; offset >= F::HEADS; offset /= 2)
         x = join(x, __shfl_xor_sync(~0u, x, offset));
     if (lane < F::HEADS)
         of_warp[threadIdx.x / 32][lane] = x;
     __syncthreads();
     x = of_warp[0][lane % F::HEADS];
+#pragma unroll
     for (int i = 1; i < GROUP; i++)
         x = join(x, of_warp[i][lane % F::HEADS]);
     return x;
 }
 
-struct join_range {
-    const float *partial; /* [n][G][v_width + 2] */
-    uint32_t n_read, n;   /* the first n_read were read, the others are estimates */
-};
-
-/* Thread t's head is t % HEADS. Fills largest, read and rest (relative to it), and the weights of
- * the first tile. What fits registers is loaded once. */
+/* {m, l} of head t % HEADS in partials first .. + step, .., by thread t; {-inf, } beyond the end. */
 template <class F>
-__device__ inline void join_sums(const winnow_gpu_view &view, const join_range &range,
-                                 join_memory<F> *memory)
+__device__ inline void masses_load(const winnow_gpu_view &view, const join_range &range,
+                                   uint32_t first, float2 (&x)[JOIN_BATCH])
 {
-    constexpr uint32_t STEP = ATTEND_THREADS / F::HEADS, KEPT = JOIN_TILE / STEP;
-    uint32_t g = threadIdx.x % F::HEADS, first = threadIdx.x / F::HEADS;
-    uint32_t stride = view.v_width + 2;
-    uint32_t end = g < view.n_group ? range.n : 0;
-    float largest = -INFINITY, read = 0, rest = 0;
-    float2 kept[KEPT];
-    auto at = [&](uint32_t i) {
-        return (const float2 *)(range.partial + ((uint64_t)i * view.n_group + g) * stride);
+    uint32_t g = threadIdx.x % F::HEADS, row = winnow_gpu_partial_floats(&view);
+
+    first += threadIdx.x / F::HEADS;
+#pragma unroll
+    for (int k = 0; k < JOIN_BATCH; k++) {
+        uint32_t i = first + k * ATTEND_THREADS / F::HEADS;
+        bool is_there = i < range.n && g < view.n_group;
+        const float *at = range.partial + (uint64_t)i * row + 2 * g;
+        uint2 bits = load_if(is_there, (const uint2 *)at);
+        x[k] = {is_there ? __uint_as_float(bits.x) : -INFINITY, __uint_as_float(bits.y)};
+    }
+}
+
+/* The mass of head t % HEADS, in thread t; x: the first ones' (masses_load). */
+template <class F>
+__device__ inline join_mass mass_join(const winnow_gpu_view &view, const join_range &range,
+                                      float2 (&x)[JOIN_BATCH], float (*of_warp)[GROUP][F::HEADS])
+{
+    constexpr uint32_t STEP = ATTEND_THREADS / F::HEADS;
+    join_mass mass = {-INFINITY, 0, 0};
+    auto shrink_of = [](float m, float largest) {
+        return m == -INFINITY ? 0 : exp_or_0(m - largest);
     };
 
+    for (uint32_t first = 0; first < range.n; first += JOIN_BATCH * STEP) {
+        float largest = mass.largest;
+        if (first > 0)
+            masses_load<F>(view, range, first, x);
 #pragma unroll
-    for (int k = 0; k < KEPT; k++) {
-        uint32_t i = first + k * STEP;
-        uint2 x = load_if(i < end, (const uint2 *)at(i));
-        kept[k] = i < end ? make_float2(__uint_as_float(x.x), __uint_as_float(x.y))
-                          : make_float2(-INFINITY, 0);
-    }
+        for (int k = 0; k < JOIN_BATCH; k++)
+            largest = fmaxf(largest, x[k].x);
+        float shrink = shrink_of(mass.largest, largest);
+        mass = {largest, mass.read * shrink, mass.rest * shrink};
 #pragma unroll
-    for (int k = 0; k < KEPT; k++)
-        largest = fmaxf(largest, kept[k].x);
-    for (uint32_t i = first + KEPT * STEP; i < end; i += STEP)
-        largest = fmaxf(largest, __ldcg(at(i)).x);
-    largest =
-        heads_reduce<F>(largest, memory->of_warp[0], [](float a, float b) { return fmaxf(a, b); });
-#pragma unroll
-    for (int k = 0; k < KEPT; k++) {
-        uint32_t i = first + k * STEP;
-        float w = kept[k].x == -INFINITY ? 0 : exp_or_0(kept[k].x - largest);
-        memory->weight[i][g] = w;
-        (i < range.n_read ? read : rest) += w * kept[k].y;
+        for (int k = 0; k < JOIN_BATCH; k++) {
+            float l = shrink_of(x[k].x, largest) * x[k].y;
+            (first + threadIdx.x / F::HEADS + k * STEP < range.n_read ? mass.read : mass.rest) += l;
+        }
     }
-    for (uint32_t i = first + KEPT * STEP; i < end; i += STEP) {
-        float2 x = __ldcg(at(i));
-        float w = x.x == -INFINITY ? 0 : exp_or_0(x.x - largest);
-        (i < range.n_read ? read : rest) += w * x.y;
-    }
+    float largest =
+        heads_reduce<F>(mass.largest, of_warp[0], [](float a, float b) { return fmaxf(a, b); });
+    float shrink = shrink_of(mass.largest, largest);
     auto add = [](float a, float b) { return a + b; };
-    read = heads_reduce<F>(read, memory->of_warp[1], add);
-    rest = heads_reduce<F>(rest, memory->of_warp[2], add);
-    if (threadIdx.x < F::HEADS) {
-        memory->largest[g] = largest;
-        memory->read[g] = read;
-        memory->rest[g] = rest;
+    float read = heads_reduce<F>(mass.read * shrink, of_warp[1], add);
+    return {largest, read, heads_reduce<F>(mass.rest * shrink, of_warp[2], add)};
+}
+
+/* Starts the loads of a tile; past the end nothing, but a group of them all the same. */
+template <class F>
+__device__ inline void tile_load(const winnow_gpu_view &view, const join_range &range,
+                                 uint32_t tile, join_memory<F> *memory)
+{
+    uint32_t first = tile * memory->ROWS, row = winnow_gpu_partial_floats(&view);
+    uint32_t n = first < range.n ? min(range.n - first, (uint32_t)memory->ROWS) * row / 4 : 0;
+    const float4 *from = (const float4 *)(range.partial + (uint64_t)first * row);
+    uint32_t to = shared_address(memory->tile[tile % JOIN_SLOTS]);
+
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < n; i += ATTEND_THREADS)
+        copy_start<16>(to + 16 * i, from + i);
+    copies_group();
+}
+
+/* Output columns of a thread: quads p, p + ATTEND_THREADS, .. of [G][v_width / 4], and their heads. */
+template <class F> struct join_output {
+    float4 o[join_memory<F>::PER_THREAD];
+    uint32_t g[join_memory<F>::PER_THREAD];
+    uint32_t slice, n_slices, quad, n_quads;
+};
+
+template <class F> __device__ inline join_output<F> output_of(const winnow_gpu_view &view)
+{
+    join_output<F> to = {};
+
+    to.n_quads = view.n_group * view.v_width / 4;
+    to.n_slices = to.n_quads < ATTEND_THREADS ? ATTEND_THREADS / to.n_quads : 1;
+    to.slice = to.n_slices == 1 ? 0 : threadIdx.x / to.n_quads;
+    to.quad = threadIdx.x - to.slice * to.n_quads;
+    if (to.slice >= to.n_slices)
+        to.quad = to.n_quads;
+    for (int k = 0; k < join_memory<F>::PER_THREAD; k++)
+        to.g[k] = 4 * (to.quad + k * ATTEND_THREADS) / view.v_width;
+    return to;
+}
+
+template <class F>
+__device__ inline void tile_add(const winnow_gpu_view &view, const float *tile, uint32_t n,
+                                const join_memory<F> *memory, join_output<F> &to)
+{
+    uint32_t row = winnow_gpu_partial_floats(&view);
+
+#pragma unroll
+    for (int k = 0; k < memory->PER_THREAD; k++) {
+        uint32_t p = to.quad + k * ATTEND_THREADS;
+        if (p >= to.n_quads)
+            break;
+        const float *at = tile + winnow_gpu_partial_at(&view) + 4 * p;
+        float4 o = to.o[k];
+#pragma unroll 4
+        for (uint32_t r = to.slice; r < n; r += to.n_slices) {
+            float4 x = *(const float4 *)(at + r * row);
+            float w = memory->weight[r][to.g[k]];
+            o.x += w * x.x, o.y += w * x.y, o.z += w * x.z, o.w += w * x.w;
+        }
+        to.o[k] = o;
     }
+}
+
+/* The weighed outputs, in the threads of slice 0. The first tiles are under way. largest: of head
+ * t % HEADS. */
+template <class F>
+__device__ inline void join_outputs(const winnow_gpu_view &view, const join_range &range,
+                                    float largest, join_memory<F> *memory, join_output<F> &to)
+{
+    uint32_t r = threadIdx.x / F::HEADS, g = threadIdx.x % F::HEADS;
+
+#pragma unroll 1
+    for (uint32_t tile = 0; tile * memory->ROWS < range.n; tile++) {
+        const float *at = memory->tile[tile % JOIN_SLOTS];
+        uint32_t n = min(range.n - tile * memory->ROWS, (uint32_t)memory->ROWS);
+        copies_wait<JOIN_SLOTS - 1>();
+        __syncthreads();
+        if (r < n && g < view.n_group) {
+            float m = at[r * winnow_gpu_partial_floats(&view) + 2 * g];
+            memory->weight[r][g] = m == -INFINITY ? 0 : exp_or_0(m - largest);
+        }
+        __syncthreads();
+        tile_add<F>(view, at, n, memory, to);
+        __syncthreads();
+        tile_load<F>(view, range, tile + JOIN_SLOTS, memory);
+    }
+    if (to.n_slices == 1)
+        return;
+    memory->slice[threadIdx.x] = to.o[0];
     __syncthreads();
+    if (to.slice > 0)
+        to.quad = to.n_quads;
+    for (uint32_t i = 1; to.quad < to.n_quads && i < to.n_slices; i++) {
+        float4 x = memory->slice[i * to.n_quads + to.quad];
+        to.o[0].x += x.x, to.o[0].y += x.y, to.o[0].z += x.z, to.o[0].w += x.w;
+    }
+}
+
+/* What verification reads of a unit's head. */
+struct join_estimates {
+    uint64_t m, e;
+    float rho, largest;
+    uint32_t has_unknown;
+};
+
+__device__ inline join_estimates estimates_load(const winnow_gpu_unit *unit, uint32_t g)
+{
+    return {__ldcg(&unit->quarter_m[g]), __ldcg(&unit->quarter_e[g]), __ldcg(&unit->rho[g]),
+            __ldcg(&unit->largest[g]), __ldcg(&unit->has_unknown)};
 }
 
 /* Verification of head g: the certificate, and what a second round would have to add. */
-__device__ inline float join_verify(winnow_gpu_unit *unit, uint32_t g, float mass, float largest,
-                                    float read, float rest, bool is_first_round)
+__device__ inline float join_verify(winnow_gpu_unit *unit, uint32_t g, const join_estimates &of,
+                                    float mass, const join_mass &has, bool is_first_round)
 {
-    uint64_t m = __ldcg(&unit->quarter_m[g]), e = __ldcg(&unit->quarter_e[g]);
-    float rho = __ldcg(&unit->rho[g]), of_estimates = __ldcg(&unit->largest[g]);
-    bool has_unknown = __ldcg(&unit->has_unknown);
+    float rho = of.rho;
 
     if (is_first_round) {
-        rho = m == 0 ? 1 : 8;
-        if (e > 0)
-            rho = (float)fmin(fmax((double)m / (double)e, 1.0), 8.0);
+        rho = of.m == 0 ? 1 : 8;
+        if (of.e > 0)
+            rho = fminf(fmaxf(__fdividef((float)of.m, (float)of.e), 1), 8);
     }
-    float all = read + rho * rest, need = fmaxf((mass * all - read) / rho, 0.0f);
-    float reached = has_unknown ? 0 : all > 0 ? read / all : 1;
+    float all = has.read + rho * has.rest;
+    float need = fmaxf(__fdividef(mass * all - has.read, rho), 0);
+    float reached = of.has_unknown ? 0 : all > 0 ? has.read / all : 1;
     unit->rho[g] = rho;
     unit->mass[g] = reached;
-    unit->need[g] = need > 0 ? need * expf(largest - of_estimates) : 0;
+    unit->need[g] = need > 0 ? need * expf(has.largest - of.largest) : 0;
     return reached;
 }
 
-__device__ inline bool store_as(uint32_t dtype, void *at, uint64_t idx, float x)
+/* Numbers idx .. idx + 3, idx a multiple of 4, at once: over the link, a store is a packet. False if
+ * one is not finite as stored. */
+__device__ inline bool store_four(uint32_t dtype, void *at, uint64_t idx, float4 x)
 {
     if (dtype == WINNOW_FP32) {
-        ((float *)at)[idx] = x;
-    } else if (dtype == WINNOW_FP16) {
-        __half y = __float2half_rn(x);
-        ((__half *)at)[idx] = y;
-        x = __half2float(y);
-    } else {
-        __nv_bfloat16 y = __float2bfloat16_rn(x);
-        ((__nv_bfloat16 *)at)[idx] = y;
-        x = __bfloat162float(y);
+        ((float4 *)at)[idx / 4] = x;
+        return isfinite(x.x) && isfinite(x.y) && isfinite(x.z) && isfinite(x.w);
     }
-    return isfinite(x);
+    uint32_t exponent = dtype == WINNOW_FP16 ? 0x7c00 : 0x7f80, high = exponent << 16;
+    uint2 y;
+    if (dtype == WINNOW_FP16)
+        y = make_uint2(pack<WINNOW_FP16>(x.x, x.y), pack<WINNOW_FP16>(x.z, x.w));
+    else
+        y = make_uint2(pack<WINNOW_BF16>(x.x, x.y), pack<WINNOW_BF16>(x.z, x.w));
+    ((uint2 *)at)[idx / 4] = y;
+    return (y.x & exponent) != exponent && (y.x & high) != high && (y.y & exponent) != exponent &&
+           (y.y & high) != high;
 }
 
-/* Writes out and lse of a unit; true if all of it is finite. */
+/* Writes out and lse of a head's queries, row head_first of the item's on; true if all of it is
+ * finite. */
 template <class F>
-__device__ inline bool join_write(const winnow_gpu_view &view, const winnow_gpu_unit *unit,
-                                  const join_range &range, join_memory<F> *memory)
+__device__ inline bool join_write(const winnow_gpu_view &view, void *out, float *lse,
+                                  uint64_t head_first, const join_output<F> &of,
+                                  const join_memory<F> *memory)
 {
-    const winnow_gpu_item &item = view.launch->item[unit->item];
-    constexpr int PAIRS = F::HEADS * F::WIDTH / 2;
-    constexpr int PER_THREAD = PAIRS > ATTEND_THREADS ? PAIRS / ATTEND_THREADS : 1;
-    uint32_t half = view.v_width / 2, n_pairs = view.n_group * half;
-    uint32_t n_slices = n_pairs < ATTEND_THREADS ? ATTEND_THREADS / n_pairs : 1;
-    uint32_t slice = n_slices == 1 ? 0 : threadIdx.x / n_pairs;
-    uint32_t pair = n_slices == 1 ? threadIdx.x : threadIdx.x % n_pairs;
-    uint32_t stride = view.v_width + 2, row = view.n_group * stride;
-    uint64_t head_first = (uint64_t)unit->head * view.n_group;
-    float2 o[PER_THREAD] = {};
+    uint32_t g = threadIdx.x;
     bool is_finite = true;
 
-    if (slice >= n_slices)
-        pair = n_pairs;
-    for (uint32_t first = 0; first < range.n; first += JOIN_TILE) {
-        uint32_t n = min(range.n - first, (uint32_t)JOIN_TILE);
-        if (first > 0)
-            __syncthreads();
-        for (uint32_t i = threadIdx.x; first > 0 && i < n * F::HEADS; i += ATTEND_THREADS) {
-            uint32_t g = i % F::HEADS;
-            float m = -INFINITY;
-            if (g < view.n_group)
-                m = __ldcg(range.partial + (uint64_t)(first + i / F::HEADS) * row + g * stride);
-            memory->weight[i / F::HEADS][g] = m == -INFINITY ? 0 : exp_or_0(m - memory->largest[g]);
-        }
-        if (first > 0)
-            __syncthreads();
 #pragma unroll
-        for (int k = 0; k < PER_THREAD; k++) {
-            uint32_t p = pair + k * ATTEND_THREADS;
-            if (p >= n_pairs)
-                break;
-            uint32_t g = p / half, d = 2 * (p % half);
-            const float *at = range.partial + (uint64_t)first * row + g * stride + 2 + d;
-            for (uint32_t i = slice; i < n; i += JOIN_BATCH * n_slices) {
-                uint2 x[JOIN_BATCH];
-#pragma unroll
-                for (int j = 0; j < JOIN_BATCH; j++) {
-                    uint32_t row_idx = i + j * n_slices;
-                    x[j] = load_if(row_idx < n, (const uint2 *)(at + (uint64_t)row_idx * row));
-                }
-#pragma unroll
-                for (int j = 0; j < JOIN_BATCH; j++) {
-                    uint32_t row_idx = i + j * n_slices;
-                    float w = row_idx < n ? memory->weight[row_idx][g] : 0;
-                    o[k].x += w * __uint_as_float(x[j].x);
-                    o[k].y += w * __uint_as_float(x[j].y);
-                }
-            }
-        }
-    }
-    if (n_slices > 1) {
-        __syncthreads();
-        memory->slice[threadIdx.x] = o[0];
-        __syncthreads();
-        for (uint32_t i = 1; slice == 0 && pair < n_pairs && i < n_slices; i++) {
-            o[0].x += memory->slice[i * n_pairs + pair].x;
-            o[0].y += memory->slice[i * n_pairs + pair].y;
-        }
-        if (slice > 0)
-            pair = n_pairs;
-    }
-#pragma unroll
-    for (int k = 0; k < PER_THREAD; k++) {
-        uint32_t p = pair + k * ATTEND_THREADS;
-        if (p >= n_pairs)
+    for (int k = 0; k < memory->PER_THREAD; k++) {
+        uint32_t p = of.quad + k * ATTEND_THREADS;
+        if (p >= of.n_quads)
             break;
-        uint32_t g = p / half, d = 2 * (p % half);
-        float l = memory->read[g] + memory->rest[g];
-        uint64_t at = (head_first + g) * view.v_width + d;
-        is_finite &= store_as(view.io_dtype, item.out, at, l > 0 ? o[k].x / l : 0);
-        is_finite &= store_as(view.io_dtype, item.out, at + 1, l > 0 ? o[k].y / l : 0);
+        float sum = memory->sum[of.g[k]], inverse = sum > 0 ? __fdividef(1, sum) : 0;
+        float4 o = of.o[k];
+        o = {o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse};
+        is_finite &= store_four(view.io_dtype, out, head_first * view.v_width + 4 * p, o);
     }
-    if (threadIdx.x < view.n_group) {
-        float l = memory->read[threadIdx.x] + memory->rest[threadIdx.x];
-        float lse = l > 0 ? memory->largest[threadIdx.x] + logf(l) : -INFINITY;
-        is_finite &= lse < INFINITY;
-        if (item.lse)
-            item.lse[head_first + threadIdx.x] = lse;
+    if (g < view.n_group) {
+        float sum = memory->sum[g];
+        float y = sum > 0 ? memory->largest[g] + logf(sum) : -INFINITY;
+        is_finite &= y < INFINITY;
+        if (lse)
+            lse[head_first + g] = y;
     }
     return is_finite;
 }
 
-/* NaN into all of an item's output: in every type, all bits set. */
-__device__ inline void item_poison(const winnow_gpu_view &view, const winnow_gpu_item &item)
-{
-    uint32_t n_words = view.n_q_heads * view.v_width / (view.io_dtype == WINNOW_FP32 ? 1 : 2);
-
-    for (uint32_t i = threadIdx.x; i < n_words; i += blockDim.x)
-        ((uint32_t *)item.out)[i] = ~0u;
-    for (uint32_t i = threadIdx.x; item.lse && i < view.n_q_heads; i += blockDim.x)
-        item.lse[i] = NAN;
-}
-
-/* The blocks of an item that no slot holds, by one warp, in order. */
-__device__ inline void item_list_disk(const winnow_gpu_view &view, const winnow_gpu_item &item,
-                                      const winnow_gpu_unit *units)
-{
-    uint32_t n = 0, lane = lane_id();
-
-    for (uint32_t h = 0; h < view.n_kv_heads; h++) {
-        const winnow_gpu_unit *unit = units + h;
-        uint32_t n_listed = __ldcg(&unit->n_selected) + __ldcg(&unit->n_more);
-        if (!__ldcg(&unit->n_disk) && !__ldcg(&unit->n_unfit))
-            continue;
-        for (uint32_t first = 0; first < n_listed; first += 32) {
-            winnow_gpu_listed listed = {0, 0};
-            if (first + lane < n_listed) {
-                uint2 x = __ldcg((const uint2 *)(view.listed + unit->block_first + first + lane));
-                listed = {x.x, x.y};
-            }
-            bool is_slotless = listed.place & WINNOW_GPU_FROM_HOST; /* or on disk: all bits */
-            uint32_t all = __ballot_sync(~0u, is_slotless);
-            uint32_t at = n + __popc(all & ((1u << lane) - 1));
-            if (is_slotless && at < item.n_disk_block_max)
-                item.disk_block[at] = h * unit->n_blocks + listed.block;
-            n += __popc(all);
-        }
-    }
-}
-
-/* By the last head of an item, all threads. */
-template <class F>
-__device__ inline void item_finish(const winnow_gpu_view &view, uint32_t item_idx,
-                                   join_memory<F> *memory)
-{
-    const winnow_gpu_item &item = view.launch->item[item_idx];
-    const winnow_gpu_unit *units = view.unit + item_idx * view.n_kv_heads;
-    uint32_t lane = lane_id();
-
-    if (threadIdx.x < 32) {
-        winnow_gpu_certificate c = {0, 1, INFINITY, 0, 0, 0, 0, 0};
-        for (uint32_t i = lane; i < view.n_q_heads; i += 32) {
-            float mass = __ldcg(&units[i / view.n_group].mass[i % view.n_group]);
-            c.mass_reached = fminf(c.mass_reached, mass);
-            c.mass_mean += mass;
-        }
-        for (uint32_t h = lane; h < view.n_kv_heads; h += 32) {
-            const winnow_gpu_unit *unit = units + h;
-            c.status = max(c.status, __ldcg(&unit->status));
-            c.n_rounds = max(c.n_rounds, __ldcg(&unit->n_more) > 0 ? 2 : 1);
-            c.n_blocks_device += __ldcg(&unit->n_device);
-            c.n_blocks_host += __ldcg(&unit->n_host);
-            c.n_blocks_unfit += __ldcg(&unit->n_unfit);
-            c.n_blocks_disk += __ldcg(&unit->n_disk);
-            c.n_heads_spent +=
-                item.n_blocks_max &&
-                __ldcg(&unit->n_selected) + __ldcg(&unit->n_more) >= item.n_blocks_max;
-        }
-        for (int offset = 1; offset < 32; offset *= 2) {
-            c.status = max(c.status, __shfl_xor_sync(~0u, c.status, offset));
-            c.n_rounds = max(c.n_rounds, __shfl_xor_sync(~0u, c.n_rounds, offset));
-            c.mass_reached = fminf(c.mass_reached, __shfl_xor_sync(~0u, c.mass_reached, offset));
-            c.mass_mean += __shfl_xor_sync(~0u, c.mass_mean, offset);
-            c.n_blocks_device += __shfl_xor_sync(~0u, c.n_blocks_device, offset);
-            c.n_blocks_host += __shfl_xor_sync(~0u, c.n_blocks_host, offset);
-            c.n_blocks_unfit += __shfl_xor_sync(~0u, c.n_blocks_unfit, offset);
-            c.n_blocks_disk += __shfl_xor_sync(~0u, c.n_blocks_disk, offset);
-            c.n_heads_spent += __shfl_xor_sync(~0u, c.n_heads_spent, offset);
-        }
-        c.mass_mean /= (float)view.n_q_heads;
-        if (lane == 0) {
-            *item.certificate = c;
-            memory->is_bad = c.status;
-        }
-        if (c.n_blocks_disk > 0 && item.disk_block)
-            item_list_disk(view, item, units);
-    }
-    __syncthreads();
-    if (memory->is_bad)
-        item_poison(view, item);
-}
-
 /* Counts one more of `counter`; true in all threads when it was the last of n. What the thread
- * block wrote before is seen by whom it tells, what the others wrote by the last. */
+ * block wrote before is seen by the last, which sees what all others wrote. */
 __device__ inline bool count_done(uint32_t *counter, uint32_t n, uint32_t *is_last)
 {
     __syncthreads();
     if (threadIdx.x == 0) {
         uint32_t before;
-        asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;"
+        asm volatile("atom.add.release.gpu.global.u32 %0, [%1], 1;"
                      : "=r"(before)
                      : "l"(counter)
                      : "memory");
         *is_last = before + 1 == n;
+        if (before + 1 == n)
+            __threadfence();
     }
     __syncthreads();
     return *is_last;
 }
 
+/* range: of the unit. */
 template <class F, bool IS_FIRST>
 __device__ __noinline__ void unit_join(const winnow_gpu_view &view, uint32_t unit_idx,
-                                       join_memory<F> *memory)
+                                       join_range range, join_memory<F> *memory)
 {
-    winnow_gpu_unit *unit = view.unit + unit_idx;
-    const winnow_gpu_item &item = view.launch->item[unit->item];
-    uint32_t n_tail = unit->n_tail_groups, n_groups = __ldcg(&unit->n_groups),
-             n_more = IS_FIRST ? 0 : __ldcg(&unit->n_groups_more), g = threadIdx.x;
-    uint32_t n_selected = __ldcg(&unit->n_selected);
-    uint32_t n_max = item.n_blocks_max ? min(item.n_blocks_max, unit->n_blocks) : unit->n_blocks;
-    join_range range;
+    float2 masses[JOIN_BATCH];
 
-    range.partial =
-        view.partial + (uint64_t)unit->partial_first * view.n_group * (view.v_width + 2);
-    range.n_read = n_tail + n_groups + n_more;
-    range.n = range.n_read + unit->n_chunks;
+    masses_load<F>(view, range, 0, masses);
+#pragma unroll 1
+    for (uint32_t tile = 0; tile < JOIN_SLOTS; tile++)
+        tile_load<F>(view, range, tile, memory);
+    uint32_t item_idx = unit_idx / view.n_kv_heads, head = unit_idx % view.n_kv_heads;
+    uint32_t g = min(threadIdx.x, view.n_group - 1);
+    winnow_gpu_unit *unit = view.unit + unit_idx;
+    const winnow_gpu_item &item = view.launch->item[item_idx];
+    join_estimates estimates = estimates_load(unit, g);
+    uint32_t n_selected = __ldcg(&unit->n_selected), n_disk = __ldcg(&unit->n_disk);
+    uint32_t n_max = item.n_blocks_max ? item.n_blocks_max : ~0u;
+    bool is_more = n_selected < min(n_max, unit->n_blocks); /* to be selected */
+    void *out = item.out;
+    float *lse = item.lse, mass = item.mass;
+
     if (threadIdx.x == 0)
         memory->is_short = memory->is_bad = 0;
-    join_sums<F>(view, range, memory);
-    if (g < view.n_group) {
-        float mass = join_verify(unit, g, item.mass, memory->largest[g], memory->read[g],
-                                 memory->rest[g], IS_FIRST);
+    join_output<F> output = output_of<F>(view);
+    join_mass has = mass_join<F>(view, range, masses, memory->of_warp);
+    if (threadIdx.x < view.n_group) {
+        float reached = join_verify(unit, g, estimates, mass, has, IS_FIRST);
+        memory->largest[g] = has.largest;
+        memory->sum[g] = has.read + has.rest;
         /* What is missing on disk is no reason to read what was not selected. */
-        if (IS_FIRST && mass < item.mass && n_selected < n_max && __ldcg(&unit->n_disk) == 0)
+        if (IS_FIRST && reached < mass && is_more && n_disk == 0)
             memory->is_short = 1;
     }
-    __syncthreads();
+    join_outputs<F>(view, range, has.largest, memory, output);
     if (memory->is_short) {
         if (threadIdx.x == 0) {
             unit->is_short = 1;
@@ -369,12 +353,9 @@ __device__ __noinline__ void unit_join(const winnow_gpu_view &view, uint32_t uni
         }
         return;
     }
-    if (!join_write<F>(view, unit, range, memory))
+    if (!join_write<F>(view, out, lse, (uint64_t)head * view.n_group, output, memory))
         memory->is_bad = 1;
     __syncthreads();
     if (threadIdx.x == 0 && memory->is_bad)
         unit->status = EDOM_STATUS;
-    uint32_t first_head = unit_idx - unit->head;
-    if (count_done(&view.unit[first_head].n_heads_done, view.n_kv_heads, &memory->is_last))
-        item_finish<F>(view, unit->item, memory);
 }

@@ -187,7 +187,7 @@ static void launch_take(struct winnow_gpu *gpu, int64_t ticket)
 static int launch_is_complete(struct winnow_gpu *gpu, int64_t ticket, bool wait)
 {
     struct winnow_gpu_flight *flight = &gpu->flight[ticket % WINNOW_GPU_LAUNCHES_MAX];
-    uint32_t ahead = (*gpu->done - (uint32_t)ticket) & WINNOW_GPU_STAMP_MASK;
+    uint32_t ahead = (*gpu->layout.view.done - (uint32_t)ticket) & WINNOW_GPU_STAMP_MASK;
 
     if (ahead < WINNOW_GPU_LAUNCHES_MAX) {
         __atomic_thread_fence(__ATOMIC_ACQUIRE);

@@ -102,7 +102,7 @@ static struct winnow_gpu_view view_of(const struct winnow_gpu_options *o)
         .block_bytes = winnow_block_bytes(shape),
         .n_slots_layer = o->n_slots / shape->n_layers,
         .n_session_segments_max = o->n_session_segments_max,
-        .n_fetchers = o->n_fetchers ? o->n_fetchers : 32,
+        .n_fetchers = o->n_fetchers ? o->n_fetchers : 16,
     };
 
     winnow_gpu_index_layout(&view);
@@ -173,7 +173,7 @@ static void launch_areas(struct winnow_gpu_layout *layout, const struct winnow_g
     /* of an item without blocks, and what blocks add to it; each unit may round up */
     uint64_t n_partials = plus(times(n_units, winnow_gpu_layout_partials(view, 0) + 1),
                                n / WINNOW_GROUP_BLOCKS + n / WINNOW_GPU_CHUNK_BLOCKS);
-    uint64_t partial_floats = view->n_group * (view->v_width + 2);
+    uint64_t partial_floats = winnow_gpu_partial_floats(view);
 
     area_add(layout, &view->launch, winnow_gpu_layout_launch_bytes(layout, o->n_items_max), of);
     area_add(layout, &view->q_fragment,
@@ -185,7 +185,8 @@ static void launch_areas(struct winnow_gpu_layout *layout, const struct winnow_g
     area_add(layout, &view->selected, n, of);
     area_add(layout, &view->listed, times(n, sizeof *view->listed), of);
     area_add(layout, &view->fetch, times(n, sizeof *view->fetch), of);
-    area_add(layout, &view->ready, times(n_partials, sizeof *view->ready), of);
+    area_add(layout, &view->ready,
+             times(plus(n_partials, WINNOW_GPU_READY_SLACK), sizeof *view->ready), of);
     area_add(layout, &view->waiting, times(n_partials, sizeof *view->waiting), of);
     area_add(layout, &view->partial, times(n_partials, partial_floats * sizeof *view->partial), of);
 }

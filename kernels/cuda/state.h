@@ -44,7 +44,6 @@ struct winnow_gpu {
     cudaStream_t stream;
     cudaGraphExec_t graph[WINNOW_GPU_KINDS][WINNOW_GPU_BUCKETS];
     struct winnow_gpu_flight flight[WINNOW_GPU_LAUNCHES_MAX];
-    volatile uint32_t *done;     /* pinned: stamp of the last complete launch */
     int64_t n_launched, n_taken; /* tickets given out; launches whose results were copied out */
     struct winnow_gpu_staging staging[2];
     uint64_t staging_bytes;

@@ -42,3 +42,14 @@ __device__ inline uint8_t *tail_block_at(const winnow_gpu_view &view, const winn
     return view.tails + item.session * view.session_bytes +
            (row * (view.n_sink_blocks + view.ring_blocks) + place) * view.block_bytes;
 }
+
+/* What it names is there: a session's segments, a layer, tail blocks. */
+__device__ inline bool item_is_valid(const winnow_gpu_view &view, const winnow_gpu_item &item)
+{
+    tail_blocks tail = tail_blocks_of(view, item);
+    bool is_sealed = item.n_segments > 0 && tail.n == tail.n_sinks; /* where the token would go */
+
+    return item.n_segments <= view.n_session_segments_max && item.layer < view.n_layers &&
+           !(item.k && (is_sealed || tail.n == 0)) && tail.n - tail.n_sinks <= view.ring_blocks &&
+           tail.n <= WINNOW_GROUP_BLOCKS * WINNOW_GPU_TAIL_GROUPS_MAX;
+}

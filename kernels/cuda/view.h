@@ -12,9 +12,10 @@
  *           place (slot, host) and the missing handed to the fetchers; groups queued
  *   attend  the first thread blocks fetch, the others attend groups and compensate chunks; the
  *           last of a unit joins its partials in order, verifies, writes out (unless short)
- *   more    units short of P: the second round, read, attended, joined again, written
+ *   more    units short of P: the second round, read, attended, joined again, written; then the
+ *           items' certificates, and the word that says the launch is complete
  *
- * A launch of whole items (mass 1) has `whole` in the place of scan and select, and no more:
+ * A launch of whole items (mass 1) has `whole` in the place of scan and select; no unit is short:
  *   whole   every block listed in order, resolved without an eviction; fetches and groups queued
  *
  * Partials of a unit stand in one order, which is the order of joining:
@@ -50,6 +51,7 @@ enum {
     WINNOW_GPU_CHUNK_BLOCKS = 512, /* unselected blocks of one compensation partial */
     WINNOW_GPU_TAIL_GROUPS_MAX = 160,
     WINNOW_GPU_SCAN_RUNS_MAX = 64,
+    WINNOW_GPU_READY_SLACK = 1024, /* ready is longer: attend looks where it may have work */
 };
 #define WINNOW_GPU_FETCHING   UINT64_C(0x80000000)
 #define WINNOW_GPU_STAMP_MASK UINT64_C(0x7fffffff)
@@ -78,7 +80,7 @@ struct winnow_gpu_work {
 
 /* Sums are u64 fixed point 2^-40 of exp(. - largest[g]), saturating, as in ref. */
 struct winnow_gpu_unit {
-    uint32_t item, head, layer;
+    uint32_t item, head, layer, session;
     uint32_t status;        /* 0, or a positive errno: no stage works on it (of all its item's) */
     uint32_t n_blocks;      /* sealed, of its list */
     uint32_t block_first;   /* of its ln_e, key, selected, listed: view arrays at this block */
@@ -87,13 +89,12 @@ struct winnow_gpu_unit {
     uint32_t n_chunks; /* set by begin, 1 at least; select queues them all. Whole: 1 if no block */
     uint32_t n_selected, n_more; /* of listed: the first round's, then the second's */
     uint32_t n_device, n_host, n_unfit, n_disk;
-    uint32_t n_done;       /* partials of this round finished: the last joins */
-    uint32_t n_heads_done; /* of the item's head 0: the last head writes the certificate */
-    uint32_t is_short;     /* set by attend: `more` has work */
-    uint32_t has_unknown;  /* an unread block of unknown estimate: the certificate is 0 */
-    float key_threshold;   /* of the last selected (none: of the first): 8 nats below it is far */
-    float key_quarter;     /* the last quarter of the selected, at least 4: key < this, known */
-    float key_largest;     /* of the known; -inf: none is */
+    uint32_t n_done;      /* partials of this round finished: the last joins */
+    uint32_t is_short;    /* set by attend: `more` has work */
+    uint32_t has_unknown; /* an unread block of unknown estimate: the certificate is 0 */
+    float key_threshold;  /* of the last selected (none: of the first): 8 nats below it is far */
+    float key_quarter;    /* the last quarter of the selected, at least 4: key < this, known */
+    float key_largest;    /* of the known; -inf: none is */
     float ln_z[WINNOW_GQA_MAX];    /* mass of sinks and tail */
     float largest[WINNOW_GQA_MAX]; /* of ln_z and the known ln_e; scan leaves the latter's rank */
     uint64_t z[WINNOW_GQA_MAX], total[WINNOW_GQA_MAX]; /* exp(ln_z), and with all ln_e */
@@ -110,8 +111,9 @@ struct winnow_gpu_unit {
  */
 struct winnow_gpu_queue {
     uint32_t n_fetch, n_ready, n_waiting;
-    uint32_t waiting_next, ticket_next, unit_next; /* taken by attend, more */
+    uint32_t work_next, ticket_next, fetch_next, unit_next; /* taken by attend, more */
     uint32_t n_short, n_listed; /* units: short after this round; whose list is complete */
+    uint32_t n_ended;           /* thread blocks of `more` that have nothing left to do */
     uint32_t scan_next[WINNOW_GPU_SCAN_RUNS_MAX]; /* records of each run that scan has taken */
 };
 
@@ -126,12 +128,14 @@ struct winnow_gpu_launch {
     struct winnow_gpu_item item[WINNOW_GPU_ITEMS_MAX]; /* n_items of them are copied */
 };
 
-/* Bits of a float that is a number to a rank that orders as it does; 0 is below all. */
 #ifdef __CUDACC__
-__host__ __device__
+#define WINNOW_GPU_ANYWHERE __host__ __device__
+#else
+#define WINNOW_GPU_ANYWHERE
 #endif
-    static inline uint32_t
-    winnow_gpu_rank(uint32_t bits)
+
+/* Bits of a float that is a number to a rank that orders as it does; 0 is below all. */
+WINNOW_GPU_ANYWHERE static inline uint32_t winnow_gpu_rank(uint32_t bits)
 {
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
@@ -140,7 +144,8 @@ __host__ __device__
 #ifdef __CUDACC__
 __host__ __device__
 #endif
-static inline uint64_t winnow_gpu_build_scratch_bytes(uint32_t n_blocks)
+    static inline uint64_t
+    winnow_gpu_build_scratch_bytes(uint32_t n_blocks)
 {
     return 16 + UINT64_C(16) * n_blocks * (sizeof(uint32_t) + sizeof(uint16_t));
 }
@@ -178,16 +183,30 @@ struct winnow_gpu_view {
     struct winnow_gpu_listed *listed; /* [block] */
     struct winnow_gpu_fetch *fetch;
     struct winnow_gpu_work *ready, *waiting;
-    float *partial; /* [partial][G][v_width + 2] */
+    float *partial; /* [partial] of winnow_gpu_partial_floats */
     uint32_t n_fetchers;
+    volatile uint32_t *done; /* pinned; gets the launch's stamp when all is written; or NULL */
 };
 
 /* The query heads of a unit as operand B of mma.m16n8k16, in kv_dtype, each head scaled by a power
  * of 2, in two halves that add up to it: [k_width / 16][part][32 lanes][2 words]. Up to 4 heads:
  * one part, column 2 g the high half of head g and 2 g + 1 the low; up to 8: part 0 the high
  * halves, a column a head, part 1 the low; up to 16: parts 2 and 3 of heads 8 to 15. */
-static inline uint32_t winnow_gpu_q_fragment_words(const struct winnow_gpu_view *view)
+WINNOW_GPU_ANYWHERE static inline uint32_t
+winnow_gpu_q_fragment_words(const struct winnow_gpu_view *view)
 {
     uint32_t n_parts = view->n_group <= 4 ? 1 : view->n_group <= 8 ? 2 : 4;
     return view->k_width / 16 * n_parts * 64;
+}
+
+/* A partial: {m, l} of every head, an even number of them, then o [G][v_width]. In 16 bytes. */
+WINNOW_GPU_ANYWHERE static inline uint32_t winnow_gpu_partial_at(const struct winnow_gpu_view *view)
+{
+    return (view->n_group + 1) / 2 * 4;
+}
+
+WINNOW_GPU_ANYWHERE static inline uint32_t
+winnow_gpu_partial_floats(const struct winnow_gpu_view *view)
+{
+    return winnow_gpu_partial_at(view) + view->n_group * view->v_width;
 }

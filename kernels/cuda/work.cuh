@@ -2,7 +2,7 @@
  * The work of a round: blocks fetched, groups attended, chunks compensated, by one kernel.
  *
  * Where there is something to fetch, thread blocks take tickets: the first n_fetchers fetch, a warp
- * a block, the others attend. Ready work is dealt out in turn, waiting groups one by one; a warp
+ * a block, the others attend. Work is taken one by one, what is ready before what waits. A warp
  * waits for its own block alone, on the slot's word, which a fetcher releases. A fetcher has a lower
  * ticket, so it runs: nothing depends on how many thread blocks fit the device at once.
  *
@@ -15,7 +15,7 @@
 #include <kernels/cuda/join.cuh>
 
 template <class F> union work_memory {
-    group_memory<F> group;
+    chunk_memory<F> chunk; /* its group is everybody's */
     join_memory<F> join;
 };
 
@@ -47,13 +47,19 @@ __device__ inline int64_t work_listed(const winnow_gpu_unit *unit, uint32_t grou
     return i < n ? (int64_t)unit->block_first + first + i : -1;
 }
 
+/* Asks now and then, without acquiring: that empties L1 each time, and slows the fetcher beside it
+ * (128K x 8, one block in ten missed: 212 us for 187). */
 __device__ inline void slot_wait(const uint64_t *word)
 {
     if (lane_id() == 0) {
         uint64_t x;
-        do
-            asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(word) : "memory");
-        while (x & WINNOW_GPU_FETCHING);
+        for (;;) {
+            asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(word) : "memory");
+            if (!(x & WINNOW_GPU_FETCHING))
+                break;
+            __nanosleep(100);
+        }
+        asm volatile("fence.acq_rel.gpu;" ::: "memory");
     }
     __syncwarp();
 }
@@ -132,34 +138,45 @@ __device__ inline void work_do(const winnow_gpu_view &view, work_item work, bool
     winnow_gpu_unit *unit = view.unit + work.unit;
     uint32_t n_groups = load<!IS_FIRST>(&unit->n_groups),
              n_more = IS_FIRST ? 0 : __ldcg(&unit->n_groups_more);
-    uint32_t partial = unit->partial_first + unit->n_tail_groups;
+    uint32_t n_read = unit->n_tail_groups + n_groups + n_more,
+             row = winnow_gpu_partial_floats(&view);
+    float *partial = view.partial + (uint64_t)unit->partial_first * row;
+    join_range range = {partial, n_read, n_read + unit->n_chunks};
     uint32_t n = (IS_FIRST ? n_groups : n_more) + unit->n_chunks;
 
     if (work.idx & WINNOW_GPU_WORK_CHUNK) {
         uint32_t chunk = work.idx & ~WINNOW_GPU_WORK_CHUNK;
-        chunk_attend<F>(view, unit, chunk, &memory->group);
-        partial += n_groups + n_more + chunk;
+        chunk_attend<F>(view, unit, chunk, &memory->chunk);
+        partial += (uint64_t)(n_read + chunk) * row;
     } else {
-        group_attend<F, IS_FIRST>(view, work.unit, work.idx, must_wait, &memory->group);
-        partial += work.idx;
+        group_attend<F, IS_FIRST>(view, work.unit, work.idx, must_wait, &memory->chunk.group);
+        partial += (uint64_t)(unit->n_tail_groups + work.idx) * row;
     }
     __syncthreads();
-    group_join<F>(view, &memory->group,
-                  view.partial + (uint64_t)partial * view.n_group * (view.v_width + 2));
+    group_join<F>(view, &memory->chunk.group, partial);
     if (count_done(&unit->n_done, n, is_last)) {
-        unit_join<F, IS_FIRST>(view, work.unit, &memory->join);
+        unit_join<F, IS_FIRST>(view, work.unit, range, &memory->join);
         __syncthreads();
     }
 }
 
-/* Fetches blocks i, i + step, .. of the list, by one warp each. */
+/* Fetches blocks of the list, a warp one after the other, as long as there are any: no warp keeps
+ * others' groups waiting. The next one is asked for while a block is under way. */
 template <class F>
-__device__ inline void work_fetch(const winnow_gpu_view &view, uint32_t n, uint32_t i,
-                                  uint32_t step)
+__device__ inline void work_fetch(const winnow_gpu_view &view, winnow_gpu_queue *queue,
+                                  uint32_t n_fetch)
 {
-    uint32_t n_tiles = (view.k_width + view.v_width) / 16, lane = lane_id();
+    uint32_t n_tiles = (view.k_width + view.v_width) / 16, lane = lane_id(), next = 0;
+    auto take = [&] {
+        if (lane == 0)
+            next = atomicAdd(&queue->fetch_next, 1);
+    };
 
-    for (; i < n; i += step) {
+    take();
+    for (;;) {
+        uint32_t i = __shfl_sync(~0u, next, 0);
+        if (i >= n_fetch)
+            return;
         uint2 fetch = __ldcg((const uint2 *)(view.fetch + i)); /* home, slot */
         const uint4 *from = (const uint4 *)(view.host + (uint64_t)fetch.x * 4096) + lane;
         uint4 *to = (uint4 *)(view.slots + (uint64_t)fetch.y * view.block_bytes) + lane;
@@ -168,6 +185,7 @@ __device__ inline void work_fetch(const winnow_gpu_view &view, uint32_t n, uint3
         for (int j = 0; j < 2 * F::TILES; j++)
             if (j < n_tiles)
                 x[j] = __ldcg(from + 32 * j);
+        take();
 #pragma unroll
         for (int j = 0; j < 2 * F::TILES; j++)
             if (j < n_tiles)
@@ -176,7 +194,6 @@ __device__ inline void work_fetch(const winnow_gpu_view &view, uint32_t n, uint3
         if (lane == 0) {
             uint64_t *word = view.slot_word + fetch.y;
             uint64_t x = __ldcg(word) & ~WINNOW_GPU_FETCHING;
-            __threadfence();
             asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(word), "l"(x) : "memory");
         }
     }
@@ -189,8 +206,15 @@ __device__ inline void work_run(const winnow_gpu_view &view, winnow_gpu_queue *q
 {
     __shared__ uint32_t taken, is_last;
     uint32_t n_fetch = __ldcg(&queue->n_fetch), n_ready = __ldcg(&queue->n_ready),
-             n_waiting = __ldcg(&queue->n_waiting);
-    uint32_t n_fetchers = 0, rank = blockIdx.x;
+             n_work = n_ready + __ldcg(&queue->n_waiting);
+    work_item guess = work_load(view.ready + blockIdx.x); /* beyond n_ready there is room */
+    uint32_t n_fetchers = 0, i = blockIdx.x;
+    auto take = [&] {
+        if (threadIdx.x == 0)
+            taken = gridDim.x - n_fetchers + atomicAdd(&queue->work_next, 1);
+        __syncthreads();
+        return taken;
+    };
 
     if (n_fetch > 0) {
         n_fetchers = min(min(view.n_fetchers, (n_fetch + GROUP - 1) / GROUP), gridDim.x / 2);
@@ -198,33 +222,18 @@ __device__ inline void work_run(const winnow_gpu_view &view, winnow_gpu_queue *q
         if (threadIdx.x == 0)
             taken = atomicAdd(&queue->ticket_next, 1);
         __syncthreads();
-        rank = taken;
-    }
-    if (rank < n_fetchers) {
-        work_fetch<F>(view, n_fetch, rank * GROUP + threadIdx.x / 32, n_fetchers * GROUP);
-        rank = n_ready + n_fetchers; /* ready work is the others' */
-    }
-    uint32_t i = rank - n_fetchers, step = gridDim.x - n_fetchers;
-    work_item next = {};
-    if (i < n_ready)
-        next = work_load(view.ready + i);
-    for (;; i += step) {
-        work_item work = next;
-        bool is_ready = i < n_ready;
-        if (is_ready && i + step < n_ready)
-            next = work_load(view.ready + i + step);
-        if (!is_ready) {
-            if (n_waiting == 0)
-                return;
+        i = taken - n_fetchers;
+        if (taken < n_fetchers) {
+            work_fetch<F>(view, queue, n_fetch);
             __syncthreads();
-            if (threadIdx.x == 0)
-                taken = atomicAdd(&queue->waiting_next, 1);
-            __syncthreads();
-            if (taken >= n_waiting)
-                return;
-            work = work_load(view.waiting + taken);
-            i = n_ready;
+            i = take();
         }
-        work_do<F, IS_FIRST>(view, work, !is_ready, memory, &is_last);
+    }
+    while (i < n_work) {
+        work_item work = guess;
+        if (i != blockIdx.x || i >= n_ready)
+            work = work_load(i < n_ready ? view.ready + i : view.waiting + (i - n_ready));
+        work_do<F, IS_FIRST>(view, work, i >= n_ready, memory, &is_last);
+        i = take();
     }
 }

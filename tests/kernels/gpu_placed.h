@@ -102,7 +102,8 @@ static void view_init(void)
     view->fetch = device_alloc(n_blocks * sizeof *view->fetch, 0xff);
     view->ready = device_alloc(n_blocks * sizeof *view->ready, 0xff);
     view->waiting = device_alloc(n_blocks * sizeof *view->waiting, 0xff);
-    view->partial = device_alloc(N_UNITS * PARTIALS * g * stride() * sizeof(float), 0xff);
+    view->partial =
+        device_alloc(N_UNITS * PARTIALS * winnow_gpu_partial_floats(view) * sizeof(float), 0xff);
     size_t arena_bytes =
         (size_t)N_ITEMS * N_SEGMENTS_MAX * N_LAYERS * N_HEADS * SPAN * view->block_bytes;
     CUDA(cudaHostAlloc((void **)&scene.host, arena_bytes, cudaHostAllocMapped));
@@ -367,7 +368,8 @@ static void launch(const struct places *places, uint32_t n_fetchers, uint64_t se
     view->n_fetchers = n_fetchers;
     CUDA(cudaMemset(view->slots + (size_t)N_SLOTS * view->block_bytes, 0xff,
                     (size_t)N_SLOTS * view->block_bytes));
-    CUDA(cudaMemset(view->partial, 0xff, N_UNITS * PARTIALS * g * stride() * sizeof(float)));
+    CUDA(cudaMemset(view->partial, 0xff,
+                    N_UNITS * PARTIALS * winnow_gpu_partial_floats(view) * sizeof(float)));
     for (uint32_t i = 0; i < N_ITEMS; i++) {
         CUDA(cudaMemset(scene.out[i] + GUARD, 0xa5, out_bytes()));
         CUDA(cudaMemset(scene.certificate[i], 0xff, sizeof **scene.certificate));

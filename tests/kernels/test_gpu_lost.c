@@ -44,7 +44,9 @@ static void test_gpu_lost__all_calls_say_so(void)
     int64_t job = api->build(gpu, home);
     CHECK(job > 0);
 
-    CHECK_EQ(winnow_gpu_done_write(&gpu->layout.view, (volatile uint32_t *)16, gpu->stream), 0);
+    CHECK_EQ(winnow_gpu_homes_write(&gpu->layout.view, 1, (const struct winnow_gpu_home *)16,
+                                    gpu->stream),
+             0);
     int64_t ticket = api->decode(gpu, 1, &item.item);
     CHECK(ticket > 0 || ticket == -EIO);
     if (ticket > 0)

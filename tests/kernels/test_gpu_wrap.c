@@ -13,7 +13,7 @@ static struct scene scene;
 static void launches_skip(struct winnow_gpu *gpu, int64_t n)
 {
     gpu->n_launched = gpu->n_taken = n;
-    *gpu->done = (uint32_t)n & (uint32_t)WINNOW_GPU_STAMP_MASK;
+    *gpu->layout.view.done = (uint32_t)n & (uint32_t)WINNOW_GPU_STAMP_MASK;
 }
 
 static void session_decode(struct winnow_gpu *gpu, struct scene_item *item, uint32_t session)

@@ -509,6 +509,7 @@ int main(int argc, char **argv)
     steps_print(&engine, &figures);
     daemon_print(&engine);
     winnow_client_close(engine.client);
+    free(figures.us);
     bool is_right = figures.n_found == figures.n_asked && figures.cosine_least > 0.9;
     printf("%s\n", is_right ? "ok" : "wrong: a needle is missed, or an output is far from P = 1's");
     return !is_right;

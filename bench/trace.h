@@ -42,6 +42,9 @@ struct winnow_trace_result {
 struct winnow_trace_options {
     uint32_t segment_tokens; /* 0: one segment */
     uint32_t n_steps;        /* 0: all; else that many, evenly spaced */
+    /* NULL, or called after select of every step, in order, of every case. */
+    void (*visit)(void *arg, uint32_t case_idx, const struct winnow_selection *);
+    void *visit_arg;
 };
 
 /*

@@ -326,8 +326,8 @@ static void finish_step(struct run *run, double *sum)
 }
 
 /* One step of one case: sums go into result. */
-static void run_case(struct run *run, const struct winnow_trace_case *cases,
-                     struct winnow_trace_result *result)
+static void run_case(struct run *run, const struct winnow_trace_options *options, uint32_t case_idx,
+                     const struct winnow_trace_case *cases, struct winnow_trace_result *result)
 {
     struct winnow_selection *sel = &run->sel;
     uint32_t policy =
@@ -343,6 +343,8 @@ static void run_case(struct run *run, const struct winnow_trace_case *cases,
         attend_marked(run, 3, 3);
     }
     run->kernels->select(policy, sel, run->scratch);
+    if (options->visit)
+        options->visit(options->visit_arg, case_idx, sel);
     attend_marked(run, 1, 1);
     result->share1 += (double)sel->n_selected / run->n_blocks;
     for (uint32_t g = 0; g < run->n_q; g++)
@@ -400,7 +402,7 @@ int winnow_trace_run(const struct winnow_trace *trace, const struct winnow_kerne
         judge_step(&run, n_seen);
         attend_resident(&run, n_seen);
         for (uint32_t c = 0; c < n_cases; c++)
-            run_case(&run, &cases[c], &result[c]);
+            run_case(&run, options, c, &cases[c], &result[c]);
     }
     for (uint32_t i = 0; i < n_cases && rc == 0; i++)
         result_divide(&result[i], n_steps, trace->n_q);

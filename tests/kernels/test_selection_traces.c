@@ -151,7 +151,7 @@ static void test_traces__versions_and_segments_agree(void)
     CHECK_EQ(winnow_trace_list_open(GOLDEN, &list), 0);
     CHECK_EQ(winnow_trace_open(list.path[1], &trace), 0);
     for (int i = 0; i < 3; i++) {
-        struct winnow_trace_options options = {segment_tokens[i], 16};
+        struct winnow_trace_options options = {.segment_tokens = segment_tokens[i], .n_steps = 16};
         CHECK_EQ(winnow_trace_run(&trace, winnow_kernels_find(NULL), &options, 1, &codes, &fast[i]),
                  0);
         CHECK_EQ(winnow_trace_run(&trace, winnow_kernels_ref(), &options, 1, &codes, &ref), 0);

@@ -554,10 +554,14 @@ static void check_places(batch *b, const downloaded &d, uint32_t round, const ch
     }
 }
 
-static downloaded batch_select(batch *b, uint32_t stamp)
+static downloaded batch_select(batch *b, uint32_t stamp, uint32_t n_multiprocessors = 0)
 {
     const winnow_gpu_view *v = &b->s.view;
     uint32_t n = b->s.options.n_blocks_max + 64;
+    winnow_gpu_grid grid = b->s.grid;
+
+    if (n_multiprocessors)
+        grid.n_multiprocessors = n_multiprocessors;
 
     scene_launch_write(&b->s, b->n_items, stamp);
     device_write(b->s.ln_z, b->ln_z.data(), b->ln_z.size());
@@ -566,7 +570,7 @@ static downloaded batch_select(batch *b, uint32_t stamp)
     ok(cudaMemset(v->listed, 0xff, sizeof(winnow_gpu_listed) * n), "poison");
     scene_begin(b->s, 0, 0);
     ok(winnow_gpu_stage_scan(v, &b->s.grid, 0), "scan");
-    ok(winnow_gpu_stage_select(v, &b->s.grid, 0), "select");
+    ok(winnow_gpu_stage_select(v, &grid, 0), "select");
     ok(cudaDeviceSynchronize(), "select");
     return download(*b, 1);
 }
@@ -610,6 +614,22 @@ static void check_select(batch *b, random_source &random, const char *what)
         check_places(b, d, 1, what);
         scene_fetched(b->s, 0);
     }
+}
+
+/* What selection says of a unit, but for places. */
+static bool same_selection(const downloaded &a, const downloaded &b, uint32_t u)
+{
+    const winnow_gpu_unit &x = a.unit[u], &y = b.unit[u];
+    bool is_same = x.n_selected == y.n_selected && x.n_groups == y.n_groups &&
+                   x.has_unknown == y.has_unknown && x.key_threshold == y.key_threshold &&
+                   x.key_quarter == y.key_quarter && x.key_largest == y.key_largest &&
+                   !memcmp(x.largest, y.largest, sizeof x.largest) &&
+                   !memcmp(x.z, y.z, sizeof x.z) && !memcmp(x.total, y.total, sizeof x.total) &&
+                   !memcmp(&a.key[x.block_first], &b.key[x.block_first], 4 * x.n_blocks);
+
+    for (uint32_t i = x.block_first; is_same && i < x.block_first + x.n_selected; i++)
+        is_same = a.listed[i].block == b.listed[i].block;
+    return is_same;
 }
 
 static __global__ void more_kernel(winnow_gpu_view view)
@@ -686,6 +706,40 @@ static void check_more(batch *b, random_source &random, const char *what)
     scene_fetched(b->s, 0);
 }
 
+/* Units that several thread blocks share, beside short ones: the same selection from any number. */
+static void check_long(random_source &random)
+{
+    scene_options options = {2, 1, 4, 64, 32, WINNOW_BF16, 64, 144, 2, 140, 2, 8 * 143 * 64, 3000};
+    std::vector<float> centre;
+    batch b;
+
+    batch_init(&b, options, random, RANDOM, {140, 3}, &centre);
+    queries_fill(&b, random, RANDOM, centre);
+    check_scan(&b, "long");
+    check_select(&b, random, "long");
+    for (uint32_t stamp = 100; stamp < 140; stamp += 4) {
+        for (uint32_t i = 0; i < b.n_items; i++) {
+            b.s.launch->item[i].mass = stamp % 8 ? 0.5f : 0.95f;
+            b.s.launch->item[i].n_blocks_max = stamp < 120 ? 0 : 1 + (uint32_t)random() % 3000;
+        }
+        downloaded one = batch_select(&b, stamp, 1);
+        scene_fetched(b.s, 0);
+        for (uint32_t i = 1; i <= 3; i++) {
+            uint32_t ranks = 1u << i;
+            downloaded d = batch_select(&b, stamp + i, ranks * (uint32_t)one.unit.size());
+            scene_fetched(b.s, 0);
+            for (uint32_t u = 0; u < d.unit.size(); u++)
+                EXPECT(same_selection(one, d, u), "unit %u: %u thread blocks select other blocks",
+                       u, ranks);
+            check_work(d, 1, "long");
+            check_places(&b, d, 1, "long");
+        }
+    }
+    check_more(&b, random, "long");
+    batch_finish(&b);
+    printf("  long units: %s\n", n_failures ? "FAILED" : "ok");
+}
+
 /* Many launches over few slots, sessions sharing segments. */
 static void check_cache(random_source &random)
 {
@@ -747,5 +801,6 @@ static void check_all(void)
             batch_finish(&b);
             printf("  %s: %s\n", what, n_failures ? "FAILED" : "ok");
         }
+    check_long(random);
     check_cache(random);
 }

@@ -151,15 +151,22 @@ static __device__ inline uint8_t *winnow_gpu_unit_index(const winnow_gpu_view &v
     return view.index + segment_slot * view.segment_bytes + (uint64_t)unit_idx * view.unit_bytes;
 }
 
-/* Brings near what winnow_gpu_resolve will read first. */
+/* Brings near what winnow_gpu_resolve reads first, of n segments whose slots stand at slots. All
+ * threads of a thread block. */
 static __device__ void winnow_gpu_resolve_prefetch(const winnow_gpu_view &view,
                                                    const winnow_gpu_place &unit,
-                                                   uint32_t segment_slot, uint32_t block)
+                                                   const uint32_t *slots, uint32_t n)
 {
-    const uint8_t *index = winnow_gpu_unit_index(view, unit, segment_slot);
-    uint32_t at = block % view.span_blocks * 4;
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(index + view.loc_at + at));
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(index + view.home_at + at));
+    constexpr uint32_t SECTOR_BYTES = 32;
+    uint32_t n_bytes = view.loc_at + view.span_blocks * 4 - view.home_at; /* home, then loc */
+
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x / 32; i < n; i += blockDim.x / 32) {
+        const uint8_t *homes = winnow_gpu_unit_index(view, unit, slots[i]) + view.home_at;
+#pragma unroll 1
+        for (uint32_t at = threadIdx.x % 32 * SECTOR_BYTES; at < n_bytes; at += 32 * SECTOR_BYTES)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(homes + at));
+    }
 }
 
 /*

@@ -1,17 +1,25 @@
 /*
  * Select: from ln_e to a list of blocks, each with its place, and the work of the stage after.
  *
- * A unit is a cluster's: its estimates are read twice (totals, keys), the second time from L1, and
- * its bins are added over the cluster's shared memory. What they are relative to, the largest, the
- * scan has left. The origin of the bins is the sum of exp(largest) / T over the heads, which no key
- * exceeds, so no pass is spent on the largest key. Blocks whose key lies below .9 (1 - P) / n hold
- * together less than 1 - P of any head: the prefix ends before them and they skip the bins, which
- * are atomics. Shares in bins are words of 2^-31 T: one atomic without a carry, and a prefix within
- * n 2^-32 of P.
+ * A unit is a team's, a cluster as large as the unit is long: its bins are added over the cluster's
+ * shared memory. What estimates are relative to, the largest, the scan has left. exp(ln_e - m) is
+ * computed for the totals and kept in shared memory for the keys. The origin of the bins is the sum
+ * of exp(largest) / T over the heads, which no key exceeds, so no pass is spent on the largest key.
+ * Blocks whose key lies below .9 (1 - P) / n hold together less than 1 - P of any head: the prefix
+ * ends before them and they skip the bins, which are atomics. Shares in bins are words of 2^-31 T:
+ * one atomic without a carry, and a prefix within n 2^-32 of P.
  *
- * Sums are integers and every key is one thread's, so the bits are the same for any cluster.
+ * What hangs on the launch alone is read before the scan has ended; homes and locs of all the unit's
+ * blocks are fetched into the L2 then, since most of their lines are read.
+ *
+ * Time goes to latency: a unit of 128 blocks takes 9 us, mostly single warps that go from one
+ * barrier to the next. So loops over rows are rolled (unrolled by four they took 2 us more), a
+ * thread block more has to earn its barriers (2 us: from 2,048 blocks on), and keys go to memory
+ * after the bins' barrier, which would wait for them.
+ *
+ * Sums are integers and every key is one thread's, so the bits are the same for any team.
  * Rejected: refining the last bin (0.5 % fewer blocks, a pass more), counting by global atomics
- * (3-6 us), a warp that searches the bins (10-30 us: each of its loads waits for the one before).
+ * (3-6 us), 512 threads a thread block (2 us more from 4,096 blocks of one on).
  */
 #include <kernels/cuda/edge.cuh>
 #include <kernels/cuda/select.cuh>
@@ -22,49 +30,97 @@ using namespace winnow_gpu_select;
 namespace
 {
 
-constexpr uint32_t N_THREADS = 1024, N_THREADS_SHORT = 256, RANK_BLOCKS_MIN = 2048;
+constexpr uint32_t N_THREADS = 1024, N_THREADS_SHORT = 256;
+constexpr uint32_t RANK_BLOCKS = 2048;     /* of a thread block, while there are ranks left */
 constexpr uint32_t SHORT_BLOCKS_MAX = 512; /* of a unit: thread blocks share an SM */
+constexpr uint32_t KEPT_BYTES = 98304, KEPT_BYTES_SHORT = 8192; /* of shares */
 
 /* What a thread block works on. */
 struct part {
     winnow_gpu_unit *unit;
-    uint32_t unit_idx, n_group, block_first;
+    uint32_t n_group, block_first;
     uint32_t first, n; /* of the unit's list: [first, first + n) */
+    uint32_t n_kept;   /* of them whose shares are kept in shared memory */
     uint32_t goal;     /* P as a share */
-    float ln_z;        /* of the head that is the thread's number */
 };
 
-/* Rows of blocks that are loaded at once: four loads wait no longer than one. */
-template <int G> constexpr int ROWS = G <= 4 ? 4 : 16 / G;
-
-/* ln_e of rows i .. of this lane; blocks and heads that are not there are -inf. */
+/* ln_e of a block; heads that are not there are -inf. */
 template <int G>
-__device__ void estimates_load(const winnow_gpu_view &view, const part &part, const rows &rows,
-                               uint32_t i, float (&ln_e)[ROWS<G>][G])
+__device__ void estimates_load(const winnow_gpu_view &view, const part &part, uint32_t b,
+                               float (&ln_e)[G])
 {
-    float4 none = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+    const float *at = view.ln_e + (size_t)(part.block_first + b) * part.n_group;
+
+    if constexpr (G % 4 == 0)
+        if (part.n_group == G) {
+#pragma unroll
+            for (int k = 0; k < G / 4; k++) {
+                float4 x = ((const float4 *)at)[k];
+                ln_e[4 * k] = x.x;
+                ln_e[4 * k + 1] = x.y;
+                ln_e[4 * k + 2] = x.z;
+                ln_e[4 * k + 3] = x.w;
+            }
+            return;
+        }
+#pragma unroll
+    for (int g = 0; g < G; g++)
+        ln_e[g] = g < (int)part.n_group ? at[g] : -INFINITY;
+}
+
+/* exp(ln_e - m); an unknown block has NaN in the first. */
+template <int G> __device__ void estimates_exp(const float (&m)[G], float (&x)[G])
+{
+    bool is_known = true;
 
 #pragma unroll
-    for (int r = 0; r < ROWS<G>; r++) {
-        uint32_t b = rows.block + 32 * (i + r);
-        bool is_there = i + r < rows.n && b < rows.end;
-        const float *at = view.ln_e + (size_t)(part.block_first + b) * part.n_group;
-        if constexpr (G % 4 == 0)
-            if (part.n_group == G) {
-#pragma unroll
-                for (int k = 0; k < G / 4; k++) {
-                    float4 x = is_there ? ((const float4 *)at)[k] : none;
-                    ln_e[r][4 * k] = x.x;
-                    ln_e[r][4 * k + 1] = x.y;
-                    ln_e[r][4 * k + 2] = x.z;
-                    ln_e[r][4 * k + 3] = x.w;
-                }
-                continue;
-            }
-#pragma unroll
-        for (int g = 0; g < G; g++)
-            ln_e[r][g] = is_there && g < (int)part.n_group ? at[g] : -INFINITY;
+    for (int g = 0; g < G; g++) {
+        is_known &= x[g] < INFINITY;
+        x[g] = exp_above(x[g], m[g]);
     }
+    if (!is_known)
+        x[0] = __uint_as_float(__float_as_uint(x[0]) | 0x80000000u);
+}
+
+/* Shares of block i of a thread block, kept and read again. */
+template <int G>
+__device__ void shares_keep(const part &part, memory *memory, uint32_t i, const float (&e)[G])
+{
+    float *at = shares_of(memory, part.n_group) + i * part.n_group;
+
+    if constexpr (G % 4 == 0)
+        if (part.n_group == G) {
+#pragma unroll
+            for (int k = 0; k < G / 4; k++)
+                ((float4 *)at)[k] = make_float4(e[4 * k], e[4 * k + 1], e[4 * k + 2], e[4 * k + 3]);
+            return;
+        }
+#pragma unroll
+    for (int g = 0; g < G; g++)
+        if (g < (int)part.n_group)
+            at[g] = e[g];
+}
+
+template <int G>
+__device__ void shares_take(const part &part, memory *memory, uint32_t i, float (&e)[G])
+{
+    const float *at = shares_of(memory, part.n_group) + i * part.n_group;
+
+    if constexpr (G % 4 == 0)
+        if (part.n_group == G) {
+#pragma unroll
+            for (int k = 0; k < G / 4; k++) {
+                float4 x = ((const float4 *)at)[k];
+                e[4 * k] = x.x;
+                e[4 * k + 1] = x.y;
+                e[4 * k + 2] = x.z;
+                e[4 * k + 3] = x.w;
+            }
+            return;
+        }
+#pragma unroll
+    for (int g = 0; g < G; g++)
+        e[g] = g < (int)part.n_group ? at[g] : 0;
 }
 
 /* What follows from the totals: one lane a head, by warp 0. */
@@ -74,11 +130,10 @@ __device__ void totals_finish(team team, const part &part, memory *memory)
     float share = 0;
 
     if (g < part.n_group) {
-        uint64_t z = fixed(exp_above(part.ln_z, memory->m[g])), total = z;
-        for (uint32_t r = 0; r < team.n_ranks; r++) {
-            uint64_t high = *team_at(team, &memory->total[1][g], r);
-            total += high << 32 | *team_at(team, &memory->total[0][g], r);
-        }
+        uint64_t z = fixed(exp_above(part.unit->ln_z[g], memory->m[g])), total = z;
+#pragma unroll 1
+        for (uint32_t r = 0; r < team.n_ranks; r++)
+            total += memory->total[r][g];
         share = total ? __fdiv_rn(FIXED_ONE, __ull2float_rn(total)) : 0;
         memory->to_share[g] = share;
         memory->before[g] = share_word(__fmul_rn(__ull2float_rn(z), __fmul_rn(share, 0x1p-40f)));
@@ -88,136 +143,27 @@ __device__ void totals_finish(team team, const part &part, memory *memory)
             part.unit->total[g] = total;
         }
     }
+#pragma unroll 1
     for (uint32_t at = 16; at; at >>= 1)
         share = __fadd_rn(share, __shfl_xor_sync(~0u, share, at));
-    if (g == 0) {
+    if (g == 0)
         memory->origin = __fmul_rn(log2_approx(share), 0.693147181f);
-    }
 }
 
-template <int G>
-__device__ void totals_find(const winnow_gpu_view &view, team team, const part &part,
-                            memory *memory)
+/* Sums of the warps to a sum of the thread block, to all of the team. Warp 0. */
+__device__ void totals_send(team team, uint32_t n_group, uint32_t n_warps, memory *memory)
 {
-    rows rows = rows_of(part.first, part.n);
-    uint64_t total[G] = {};
-
-    for (uint32_t i = 0; i < rows.n; i += ROWS<G>) {
-        float ln_e[ROWS<G>][G];
-        estimates_load<G>(view, part, rows, i, ln_e);
-#pragma unroll
-        for (int r = 0; r < ROWS<G>; r++)
-#pragma unroll
-            for (int g = 0; g < G; g++)
-                total[g] += fixed(exp_above(ln_e[r][g], memory->m[g]));
+#pragma unroll 4
+    for (uint32_t g = 0; g < n_group; g++) {
+        uint64_t sum = warp_sum(threadIdx.x < n_warps ? memory->warp_total[g][threadIdx.x] : 0);
+        if (threadIdx.x < team.n_ranks)
+            *team_at(team, &memory->total[team.rank][g], threadIdx.x) = sum;
     }
-    uint64_t mine = 0; /* lane g adds head g's */
-#pragma unroll
-    for (int g = 0; g < G; g++) {
-        /* In pieces of 20 bits: 32 of them fit a word, and a warp adds words in one instruction. */
-        uint64_t sum = __reduce_add_sync(~0u, (uint32_t)total[g] & 0xfffff);
-        sum += (uint64_t)__reduce_add_sync(~0u, (uint32_t)(total[g] >> 20) & 0xfffff) << 20;
-        sum += (uint64_t)__reduce_add_sync(~0u, (uint32_t)(total[g] >> 40)) << 40;
-        mine = (int)(threadIdx.x % 32) == g ? sum : mine;
-    }
-    if (mine)
-        words_add(&memory->total[0][threadIdx.x % 32], &memory->total[1][threadIdx.x % 32], mine);
-    team_sync(team);
-    if (threadIdx.x < 32)
-        totals_finish(team, part, memory);
-    __syncthreads();
-}
-
-/* Of one block: its key, written and kept, and its part of the bins. */
-template <int G>
-__device__ float block_key(const winnow_gpu_view &view, const part &part, uint32_t b,
-                           const float (&ln_e)[G], memory *memory)
-{
-    float share[G], sum = 0;
-    bool is_known = true;
-
-#pragma unroll
-    for (int g = 0; g < G; g++) {
-        share[g] = __fmul_rn(exp_above(ln_e[g], memory->m[g]), memory->to_share[g]);
-        sum = __fadd_rn(sum, share[g]);
-        is_known &= ln_e[g] < INFINITY;
-    }
-    float key = is_known ? __fmul_rn(log2_approx(sum), 0.693147181f) : INFINITY;
-    uint32_t class_b = class_of(key, memory->origin, memory->ln_cut);
-    view.key[part.block_first + b] = key;
-    if (b - part.first < N_KEPT)
-        memory->key_kept[b - part.first] = key;
-    if (class_b == CLASS_NEVER)
-        return key;
-    atomicAdd(class_b ? memory->count + class_b - 1 : &memory->n_unknown, 1);
-#pragma unroll
-    for (int g = 0; g < G; g++)
-        if (g < (int)part.n_group)
-            atomicAdd(class_b ? bin_shares(memory, g) + class_b - 1 : &memory->unknown[g],
-                      share_word(share[g]));
-    return key;
-}
-
-/* Keys and bins of the team. Returns the number of unknown blocks, which stand before bin 0. */
-template <int G>
-__device__ uint32_t keys_find(const winnow_gpu_view &view, team team, const part &part,
-                              memory *memory)
-{
-    rows rows = rows_of(part.first, part.n);
-    uint32_t n_unknown = 0;
-    float largest = -INFINITY;
-
-    for (uint32_t i = 0; i < rows.n; i += ROWS<G>) {
-        float ln_e[ROWS<G>][G];
-        estimates_load<G>(view, part, rows, i, ln_e);
-#pragma unroll
-        for (int r = 0; r < ROWS<G>; r++) {
-            uint32_t b = rows.block + 32 * (i + r);
-            if (i + r >= rows.n || b >= rows.end)
-                continue;
-            float key = block_key<G>(view, part, b, ln_e[r], memory);
-            largest = key < INFINITY ? fmaxf(largest, key) : largest;
-        }
-    }
-    uint32_t rank = __reduce_max_sync(~0u, float_rank(largest));
-    if (threadIdx.x % 32 == 0)
-        atomicMax(team_at(team, &memory->key_largest, 0), rank);
-    team_sync(team);
-    for (uint32_t r = 0; r < team.n_ranks; r++)
-        n_unknown += *team_at(team, &memory->n_unknown, r);
-    if (n_unknown && threadIdx.x < part.n_group)
-        for (uint32_t r = 0; r < team.n_ranks; r++)
-            memory->before[threadIdx.x] += *team_at(team, &memory->unknown[threadIdx.x], r);
-    if (n_unknown)
-        __syncthreads();
-    return n_unknown;
-}
-
-/* One warp. The rank of the largest estimate was read long before. */
-__device__ void unit_write(const part &part, uint32_t n_unknown, const memory *memory)
-{
-    winnow_gpu_unit *unit = part.unit;
-    uint32_t n = memory->n_selected;
-    float key_largest = rank_float(memory->key_largest);
-
-    if (threadIdx.x < part.n_group)
-        unit->largest[threadIdx.x] = memory->m[threadIdx.x];
-    if (threadIdx.x > 0)
-        return;
-    unit->n_selected = n;
-    unit->n_groups = (n + 7) / 8;
-    unit->key_largest = key_largest;
-    unit->key_threshold = n ? rank_float(memory->key_smallest) : n_unknown ? INFINITY : key_largest;
-    unit->key_quarter = memory->quarter_bin
-                            ? __fmaf_rn((float)memory->quarter_bin, -1 / BINS_NAT, memory->origin)
-                            : INFINITY;
-    if (n_unknown > n)
-        atomicOr(&unit->has_unknown, 1);
 }
 
 /* m: the largest of ln_z and of the estimates, the rank of which the scan has left. Ends with a
  * barrier. */
-__device__ void part_begin(team team, part *part, memory *memory)
+__device__ void largest_find(const part &part, memory *memory)
 {
     uint32_t g = threadIdx.x;
 
@@ -225,60 +171,250 @@ __device__ void part_begin(team team, part *part, memory *memory)
         memory->bin_last = -1;
         memory->key_smallest = ~0u;
     }
-    if (g < part->n_group) {
-        part->ln_z = part->unit->ln_z[g];
-        uint32_t rank = __float_as_uint(part->unit->largest[g]);
-        memory->m[g] = rank_float(max(rank, float_rank(part->ln_z)));
+    if (g < part.n_group) {
+        uint32_t rank = __float_as_uint(part.unit->largest[g]);
+        memory->m[g] = rank_float(max(rank, float_rank(part.unit->ln_z[g])));
     }
     __syncthreads();
 }
 
+/* Keeps shares. Ends with a barrier. */
+template <int G, int N>
+__device__ void totals_find(const winnow_gpu_view &view, team team, const part &part,
+                            memory *memory)
+{
+    rows rows = rows_of<N>(part.first, part.n);
+    uint32_t warp_idx = threadIdx.x / 32;
+    uint64_t total[G] = {};
+    float next[G], m[G];
+
+    if (rows.block < rows.end)
+        estimates_load<G>(view, part, rows.block, next);
+    largest_find(part, memory);
+#pragma unroll
+    for (int g = 0; g < G; g++)
+        m[g] = memory->m[g];
+#pragma unroll 1
+    for (uint32_t i = 0; i < rows.n; i++) {
+        uint32_t b = rows.block + 32 * i;
+        float e[G];
+        if (b >= rows.end)
+            break;
+#pragma unroll
+        for (int g = 0; g < G; g++)
+            e[g] = next[g];
+        if (i + 1 < rows.n && b + 32 < rows.end)
+            estimates_load<G>(view, part, b + 32, next);
+        estimates_exp<G>(m, e);
+        if (b - part.first < part.n_kept)
+            shares_keep<G>(part, memory, b - part.first, e);
+#pragma unroll
+        for (int g = 0; g < G; g++)
+            total[g] += fixed(g ? e[g] : fabsf(e[g]));
+    }
+    __syncwarp();
+#pragma unroll
+    for (int g = 0; g < G; g++) {
+        total[g] = warp_sum(total[g]);
+        if (threadIdx.x % 32 == 0)
+            memory->warp_total[g][warp_idx] = total[g];
+    }
+    __syncthreads();
+    team_wait(team); /* for them to be there */
+    if (warp_idx == 0)
+        totals_send(team, part.n_group, N / 32, memory);
+    if (team.n_ranks > 1)
+        team_sync(team);
+    __syncwarp();
+    if (warp_idx == 0)
+        totals_finish(team, part, memory);
+    __syncthreads();
+}
+
+/* Of one block: its key and its part of the bins. */
+template <int G>
+__device__ float block_key(const part &part, float (&e)[G], const float (&to_share)[G],
+                           memory *memory)
+{
+    bool is_unknown = __float_as_uint(e[0]) >> 31;
+    float sum = 0;
+
+    e[0] = fabsf(e[0]);
+#pragma unroll
+    for (int g = 0; g < G; g++) {
+        e[g] = __fmul_rn(e[g], to_share[g]);
+        sum = __fadd_rn(sum, e[g]);
+    }
+    float key = is_unknown ? INFINITY : __fmul_rn(log2_approx(sum), 0.693147181f);
+    uint32_t class_b = class_of(key, memory->origin, memory->ln_cut);
+    if (class_b == CLASS_NEVER)
+        return key;
+    uint32_t *bins = class_b ? bins_of(memory, 0) + class_b - 1 : memory->unknown;
+    uint32_t stride = class_b ? N_BINS : 1;
+#pragma unroll
+    for (int g = 0; g < G; g++)
+        if (g < (int)part.n_group)
+            atomicAdd(bins + g * stride, share_word(e[g]));
+    atomicAdd(bins + part.n_group * stride, 1);
+    return key;
+}
+
+/* Keys, kept as far as shares were, and bins of the thread block. */
+template <int G, int N>
+__device__ void keys_find(const winnow_gpu_view &view, team team, const part &part, memory *memory)
+{
+    rows rows = rows_of<N>(part.first, part.n);
+    float largest = -INFINITY, to_share[G];
+
+#pragma unroll
+    for (int g = 0; g < G; g++)
+        to_share[g] = memory->to_share[g];
+#pragma unroll 1
+    for (uint32_t i = 0; i < rows.n; i++) {
+        uint32_t b = rows.block + 32 * i;
+        float e[G];
+        if (b >= rows.end)
+            break;
+        if (b - part.first < part.n_kept)
+            shares_take<G>(part, memory, b - part.first, e);
+        else {
+            float m[G];
+#pragma unroll
+            for (int g = 0; g < G; g++)
+                m[g] = memory->m[g];
+            estimates_load<G>(view, part, b, e);
+            estimates_exp<G>(m, e);
+        }
+        float key = block_key<G>(part, e, to_share, memory);
+        if (b - part.first < part.n_kept)
+            shares_of(memory, part.n_group)[(b - part.first) * part.n_group] = key;
+        else
+            view.key[part.block_first + b] = key;
+        largest = key < INFINITY ? fmaxf(largest, key) : largest;
+    }
+    __syncwarp();
+    uint32_t rank = __reduce_max_sync(~0u, float_rank(largest));
+    if (threadIdx.x % 32 == 0)
+        atomicMax(team_at(team, &memory->key_largest, 0), rank);
+}
+
+/* Kept keys to memory: not before the team's barrier, which waits for what threads have stored. */
+template <int N>
+__device__ void keys_write(const winnow_gpu_view &view, const part &part, memory *memory)
+{
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < min(part.n, part.n_kept); i += N)
+        view.key[part.block_first + part.first + i] =
+            shares_of(memory, part.n_group)[i * part.n_group];
+}
+
+/* One warp, after the team's last barrier. */
+__device__ void unit_write(const part &part, const memory *memory)
+{
+    winnow_gpu_unit *unit = part.unit;
+    uint32_t n = memory->n_selected, lane = threadIdx.x % 32;
+    float key_largest = rank_float(memory->key_largest);
+
+    if (lane < part.n_group)
+        unit->largest[lane] = memory->m[lane];
+    if (lane > 0)
+        return;
+    unit->n_selected = n;
+    unit->n_groups = (n + 7) / 8;
+    unit->key_largest = key_largest;
+    unit->key_threshold = n                   ? rank_float(memory->key_smallest)
+                          : memory->n_unknown ? INFINITY
+                                              : key_largest;
+    unit->key_quarter = memory->quarter_bin
+                            ? __fmaf_rn((float)memory->quarter_bin, -1 / BINS_NAT, memory->origin)
+                            : INFINITY;
+    if (memory->n_unknown > n)
+        atomicOr(&unit->has_unknown, 1);
+}
+
+/* Before the scan has ended: from the launch. */
+__device__ void part_find(const winnow_gpu_view &view, team *team, part *part, list *list)
+{
+    const winnow_gpu_launch *launch = view.launch;
+    const winnow_gpu_item &item = launch->item[blockIdx.z];
+    uint32_t n = item.n_segments * view.span_blocks, ranks_log2 = 0;
+
+    while (1u << ranks_log2 < team->n_ranks && n >> ranks_log2 > RANK_BLOCKS)
+        ranks_log2++;
+    team->n_ranks = 1u << ranks_log2;
+    list->unit = {item.session, item.layer, blockIdx.y, 0};
+    list->block_first = launch->block_first[blockIdx.z] + blockIdx.y * n;
+    list->n_segments = item.n_segments;
+    part->unit = view.unit + list->unit_idx;
+    part->n_group = view.n_group;
+    part->block_first = list->block_first;
+    part->first = n * team->rank >> ranks_log2;
+    part->n = (n * (team->rank + 1) >> ranks_log2) - part->first;
+    part->goal = (uint32_t)ceilf(item.mass * SHARE_ONE);
+}
+
+/* Clears, and brings near what the launch alone names. */
+__device__ void part_prepare(const winnow_gpu_view &view, const part &part, const list &list,
+                             uint32_t n, float mass, memory *memory)
+{
+    uint32_t span = view.span_blocks, first = part.first / span;
+    uint32_t end = (part.first + part.n + span - 1) / span;
+    const uint32_t *slots = view.session_segments + list.unit.session * view.n_session_segments_max;
+
+    memory_clear(view.n_group, memory);
+    segments_load(view, list, memory);
+    winnow_gpu_resolve_prefetch(view, list.unit, slots + first, end - first);
+    __syncthreads();
+    if (threadIdx.x == 32)
+        memory->ln_cut = logf(0.9f * (1 - mass) / (float)n);
+}
+
 template <int G, int N>
 __global__ void __launch_bounds__(N, 1024 / N)
-    select_kernel(const __grid_constant__ winnow_gpu_view view, uint32_t n_ranks)
+    select_kernel(const __grid_constant__ winnow_gpu_view view, uint32_t n_kept)
 {
     extern __shared__ __align__(16) uint8_t dynamic[];
     memory *memory = (struct memory *)dynamic;
-    team team = {blockIdx.x % n_ranks, n_ranks};
-    uint32_t unit_idx = blockIdx.x / n_ranks;
-    part part = {view.unit + unit_idx, unit_idx, view.n_group, 0, 0, 0, 0, 0};
+    team team = {blockIdx.x, gridDim.x};
+    list list = {{}, blockIdx.z * view.n_kv_heads + blockIdx.y, 0, 1, 0, 0, 0};
+    part part;
 
-    memory_clear(view.n_group, memory);
-    earlier_kernels_wait();
-    const winnow_gpu_item &item = view.launch->item[unit_idx / view.n_kv_heads];
-    uint32_t n = part.unit->n_blocks, n_max = item.n_blocks_max;
-    float mass = item.mass;
-    list list = {{item.session, item.layer, unit_idx % view.n_kv_heads, view.launch->stamp},
-                 false,
-                 unit_idx,
-                 part.unit->block_first,
-                 1,
-                 0,
-                 0};
-    if (unit_idx >= view.launch->n_units || part.unit->status != 0)
-        return;
-    part.block_first = list.block_first;
-    part.first = (uint32_t)((uint64_t)n * team.rank / n_ranks);
-    part.n = (uint32_t)((uint64_t)n * (team.rank + 1) / n_ranks) - part.first;
-    part.goal = (uint32_t)ceilf(mass * SHARE_ONE);
+    later_kernel_launch();
+    bool is_there = blockIdx.z < view.launch->n_items;
+    if (is_there)
+        part_find(view, &team, &part, &list);
+    is_there &= team.rank < team.n_ranks;
+    const winnow_gpu_item &item = view.launch->item[blockIdx.z];
+    uint32_t n = list.n_segments * view.span_blocks, n_max = item.n_blocks_max;
     n_max = n_max == 0 || n_max > n ? n : n_max;
-    __syncthreads();
-    list.has_segments = segments_load(view, item.session, item.n_segments, memory);
-    if (threadIdx.x == 32)
-        memory->ln_cut = logf(0.9f * (1 - mass) / (float)n);
-    part_begin(team, &part, memory);
-    totals_find<G>(view, team, part, memory);
-    uint32_t n_unknown = keys_find<G>(view, team, part, memory);
-    selection_find<G, N_BINS / N>(team, part.n_group, n_unknown, n_max, memory);
-    list_write(view, team, list, part.first, part.n, memory, [&](uint32_t b) {
-        return b - part.first < N_KEPT ? memory->key_kept[b - part.first]
-                                       : view.key[part.block_first + b];
+    part.n_kept = n_kept;
+    if (is_there) {
+        part_prepare(view, part, list, n, item.mass, memory);
+        team_arrive(team);
+    }
+    earlier_kernels_wait();
+    if (!is_there)
+        return;
+    uint32_t status = part.unit->status;
+    list.unit.stamp = view.launch->stamp;
+    totals_find<G, N>(view, team, part, memory);
+    if (status != 0)
+        return;
+    keys_find<G, N>(view, team, part, memory);
+    selection_find(team, part.n_group, n_max, memory);
+    keys_write<N>(view, part, memory);
+    if (team.rank == 0 && threadIdx.x >= N - 32) {
+        quarter_find(team, part.n_group, memory);
+        chunks_push(view, list.unit_idx, 1);
+    }
+    listed_run mine = list_write<N>(view, team, list, part.first, part.n, memory, [&](uint32_t b) {
+        uint32_t i = b - part.first;
+        return i < n_kept ? shares_of(memory, part.n_group)[i * part.n_group]
+                          : view.key[part.block_first + b];
     });
-    if (team.rank == 0 && threadIdx.x < 32)
-        unit_write(part, n_unknown, memory);
-    list_resolve(view, team, list, memory->n_selected, memory);
     if (team.rank == 0 && threadIdx.x >= N - 32)
-        chunks_push(view, unit_idx, 1);
+        unit_write(part, memory);
+    list_resolve(view, list, mine, memory->n_selected, memory);
     if (threadIdx.x == 0)
         counts_write(view, part.unit, list.unit.layer, memory);
 }
@@ -294,15 +430,15 @@ template <int N> select_function *function_find(uint32_t n_group)
                           : select_kernel<16, N>;
 }
 
-uint32_t memory_bytes(const winnow_gpu_view *view)
+/* Blocks whose shares a thread block keeps. */
+uint32_t kept_find(const winnow_gpu_view *view, bool is_short)
 {
-    return winnow_gpu_select_more_bytes(view->n_group);
+    return (is_short ? KEPT_BYTES_SHORT : KEPT_BYTES) / (4 * view->n_group);
 }
 
-/* Thread blocks a unit, as the average unit fills them and the device holds them at once. */
+/* Thread blocks a unit: as many as the device holds at once and the longest unit may fill. */
 cudaError_t ranks_find(const winnow_gpu_grid *grid, uint32_t *n_ranks)
 {
-    uint64_t n_blocks = grid->n_blocks_max / grid->n_units_max;
     int device, major;
     cudaError_t rc = cudaGetDevice(&device);
 
@@ -310,7 +446,7 @@ cudaError_t ranks_find(const winnow_gpu_grid *grid, uint32_t *n_ranks)
         rc = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     *n_ranks = 1;
     while (rc == cudaSuccess && major >= 9 && *n_ranks < N_RANKS_MAX &&
-           n_blocks / (2 * *n_ranks) >= RANK_BLOCKS_MIN &&
+           grid->n_blocks_max / grid->n_units_max / *n_ranks > RANK_BLOCKS &&
            2 * *n_ranks * grid->n_units_max <= grid->n_multiprocessors)
         *n_ranks *= 2;
     return rc;
@@ -320,13 +456,14 @@ cudaError_t ranks_find(const winnow_gpu_grid *grid, uint32_t *n_ranks)
 
 cudaError_t winnow_gpu_select_prepare(const struct winnow_gpu_view *view)
 {
-    select_function *functions[] = {function_find<N_THREADS>(view->n_group),
-                                    function_find<N_THREADS_SHORT>(view->n_group)};
-    cudaError_t rc = cudaSuccess;
+    cudaError_t rc = cudaFuncSetAttribute(function_find<N_THREADS>(view->n_group),
+                                          cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          (int)memory_bytes(view->n_group, kept_find(view, false)));
 
-    for (int i = 0; i < 2 && rc == cudaSuccess; i++)
-        rc = cudaFuncSetAttribute(functions[i], cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  (int)memory_bytes(view));
+    if (rc == cudaSuccess)
+        rc = cudaFuncSetAttribute(function_find<N_THREADS_SHORT>(view->n_group),
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  (int)memory_bytes(view->n_group, kept_find(view, true)));
     return rc;
 }
 
@@ -336,6 +473,7 @@ cudaError_t winnow_gpu_stage_select(const struct winnow_gpu_view *view,
     uint32_t n_ranks;
     cudaError_t rc = ranks_find(grid, &n_ranks);
     bool is_short = grid->n_blocks_max / grid->n_units_max <= SHORT_BLOCKS_MAX;
+    uint32_t n_kept = kept_find(view, is_short);
     cudaLaunchAttribute attribute[2] = {};
     cudaLaunchConfig_t config = {};
 
@@ -346,14 +484,14 @@ cudaError_t winnow_gpu_stage_select(const struct winnow_gpu_view *view,
     attribute[1].id = cudaLaunchAttributeClusterDimension;
     attribute[1].val.clusterDim.x = n_ranks;
     attribute[1].val.clusterDim.y = attribute[1].val.clusterDim.z = 1;
-    config.gridDim = dim3(grid->n_units_max * n_ranks);
+    config.gridDim = dim3(n_ranks, view->n_kv_heads, grid->n_units_max / view->n_kv_heads);
     config.blockDim = dim3(is_short ? N_THREADS_SHORT : N_THREADS);
-    config.dynamicSmemBytes = memory_bytes(view);
+    config.dynamicSmemBytes = memory_bytes(view->n_group, n_kept);
     config.stream = stream;
     config.attrs = attribute;
     config.numAttrs = n_ranks > 1 ? 2 : 1;
     return cudaLaunchKernelEx(&config,
                               is_short ? function_find<N_THREADS_SHORT>(view->n_group)
                                        : function_find<N_THREADS>(view->n_group),
-                              *view, n_ranks);
+                              *view, n_kept);
 }

@@ -1,0 +1,75 @@
+/*
+ * Thread blocks that work on one unit together: a cluster, or one alone. And what warps do in one
+ * go.
+ */
+#pragma once
+
+#include <cooperative_groups.h>
+#include <stdint.h>
+
+namespace winnow_gpu_select
+{
+
+constexpr uint32_t N_RANKS_MAX = 8;
+
+struct team {
+    uint32_t rank,
+        n_ranks; /* n_ranks: a power of 2; the cluster's other thread blocks have ended */
+};
+
+/* All threads. What was written to the team's shared memory before is seen after. */
+static __device__ void team_arrive(team team)
+{
+#if __CUDA_ARCH__ >= 900
+    if (team.n_ranks > 1)
+        asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+#endif
+}
+
+static __device__ void team_wait(team team)
+{
+#if __CUDA_ARCH__ >= 900
+    if (team.n_ranks > 1)
+        asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
+static __device__ void team_sync(team team)
+{
+    if (team.n_ranks == 1) {
+        __syncthreads();
+        return;
+    }
+    team_arrive(team);
+    team_wait(team);
+}
+
+/* p of another thread block's shared memory, or of this one's. */
+template <class T> static __device__ T *team_at(team team, T *p, uint32_t rank)
+{
+#if __CUDA_ARCH__ >= 900
+    if (team.n_ranks > 1)
+        return cooperative_groups::this_cluster().map_shared_rank(p, rank);
+#endif
+    return p;
+}
+
+static __device__ uint32_t warp_scan(uint32_t x) /* inclusive */
+{
+#pragma unroll
+    for (uint32_t at = 1; at < 32; at <<= 1) {
+        uint32_t below = __shfl_up_sync(~0u, x, at);
+        x += threadIdx.x % 32 >= at ? below : 0;
+    }
+    return x;
+}
+
+/* Of numbers below 2^59: in pieces of 20 bits, 32 of which fit a word. */
+static __device__ uint64_t warp_sum(uint64_t x)
+{
+    uint64_t sum = __reduce_add_sync(~0u, (uint32_t)x & 0xfffff);
+    sum += (uint64_t)__reduce_add_sync(~0u, (uint32_t)(x >> 20) & 0xfffff) << 20;
+    return sum + ((uint64_t)__reduce_add_sync(~0u, (uint32_t)(x >> 40)) << 40);
+}
+
+} // namespace winnow_gpu_select

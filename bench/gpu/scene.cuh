@@ -6,6 +6,7 @@
 
 #include "card.cuh"
 
+#include <kernels/cuda/edge.cuh>
 #include <kernels/cuda/stage.h>
 
 struct scene_options {
@@ -100,36 +101,42 @@ inline void scene_launch_write(scene *s, uint32_t n_items, uint32_t stamp)
     device_write(s->view.launch, launch, 1);
 }
 
+/* A thread block a unit. */
 static __global__ void scene_begin_kernel(winnow_gpu_view view, const float *ln_z,
                                           uint32_t stamp_step)
 {
     winnow_gpu_launch *launch = view.launch;
-    uint32_t u = blockIdx.x * blockDim.x + threadIdx.x, item = u / view.n_kv_heads;
+    uint32_t u = blockIdx.x, item = u / view.n_kv_heads, n = sizeof(winnow_gpu_unit) / 4;
+    winnow_gpu_unit *unit = view.unit + u;
 
-    if (u == 0) {
+    later_kernel_launch(); /* as tail does */
+    if (u == 0 && threadIdx.x == 0) {
         launch->stamp += stamp_step;
         view.queue[0] = winnow_gpu_queue();
         view.queue[1] = winnow_gpu_queue();
     }
     if (u >= launch->n_units)
         return;
-    winnow_gpu_unit unit = {};
-    unit.item = item;
-    unit.head = u % view.n_kv_heads;
-    unit.layer = launch->item[item].layer;
-    unit.n_blocks = launch->item[item].n_segments * view.span_blocks;
-    unit.block_first = launch->block_first[item] + unit.head * unit.n_blocks;
-    unit.n_chunks = max(1, (unit.n_blocks + WINNOW_GPU_CHUNK_BLOCKS - 1) / WINNOW_GPU_CHUNK_BLOCKS);
-    for (uint32_t g = 0; g < view.n_group; g++)
-        unit.ln_z[g] = ln_z[u * view.n_group + g];
-    view.unit[u] = unit;
+    for (uint32_t i = threadIdx.x; i < n; i += blockDim.x)
+        ((uint32_t *)unit)[i] = 0;
+    __syncthreads();
+    if (threadIdx.x < view.n_group)
+        unit->ln_z[threadIdx.x] = ln_z[u * view.n_group + threadIdx.x];
+    if (threadIdx.x > 0)
+        return;
+    unit->item = item;
+    unit->head = u % view.n_kv_heads;
+    unit->layer = launch->item[item].layer;
+    unit->n_blocks = launch->item[item].n_segments * view.span_blocks;
+    unit->block_first = launch->block_first[item] + unit->head * unit->n_blocks;
+    unit->n_chunks = (unit->n_blocks + WINNOW_GPU_CHUNK_BLOCKS - 1) / WINNOW_GPU_CHUNK_BLOCKS;
+    unit->n_chunks = max(1, unit->n_chunks);
 }
 
 /* Clears units and queue; the stamp moves on by stamp_step. */
 inline void scene_begin(const scene &s, uint32_t stamp_step, cudaStream_t stream)
 {
-    scene_begin_kernel<<<(s.grid.n_units_max + 127) / 128, 128, 0, stream>>>(s.view, s.ln_z,
-                                                                             stamp_step);
+    scene_begin_kernel<<<s.grid.n_units_max, 128, 0, stream>>>(s.view, s.ln_z, stamp_step);
     ok(cudaGetLastError(), "begin");
 }
 

@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <kernels/cuda/select.cuh>
+#include <kernels/cuda/stage.h>
 #include <map>
 #include <math.h>
 #include <random>
@@ -632,24 +632,20 @@ static bool same_selection(const downloaded &a, const downloaded &b, uint32_t u)
     return is_same;
 }
 
-static __global__ void more_kernel(winnow_gpu_view view)
-{
-    extern __shared__ __align__(16) uint8_t memory[];
-    winnow_gpu_select_more(view, blockIdx.x, memory);
-}
-
 /* The second round adds what it is asked for, by bins, from where the first ended. */
 static void check_more(batch *b, random_source &random, const char *what)
 {
     const winnow_gpu_view *v = &b->s.view;
-    uint32_t G = v->n_group, n_bytes = winnow_gpu_select_more_bytes(G);
+    uint32_t G = v->n_group;
+    winnow_gpu_queue queue = {};
 
     for (uint32_t i = 0; i < b->n_items; i++) {
         b->s.launch->item[i].mass = 0.8f;
         b->s.launch->item[i].n_blocks_max = i % 2 ? 0 : 30;
     }
     downloaded first = batch_select(b, 1000);
-    for (winnow_gpu_unit &unit : first.unit)
+    for (winnow_gpu_unit &unit : first.unit) {
+        unit.is_short = 1;
         for (uint32_t g = 0; g < G; g++) {
             double rest = 0;
             for (uint32_t i = 0; i < unit.n_blocks; i++)
@@ -658,11 +654,12 @@ static void check_more(batch *b, random_source &random, const char *what)
                                     unit.largest[g]);
             unit.need[g] = (float)(rest * (int)(random() % 4 - 1) / 3);
         }
+    }
+    queue.n_short = (uint32_t)first.unit.size();
     device_write(v->unit, first.unit.data(), first.unit.size());
     scene_fetched(b->s, 0);
-    ok(cudaFuncSetAttribute(more_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n_bytes),
-       "more");
-    more_kernel<<<b->s.launch->n_units, 256, n_bytes>>>(*v);
+    device_write(v->queue, &queue, 1);
+    ok(winnow_gpu_list_more_put(v, &b->s.grid, 0), "more");
     ok(cudaDeviceSynchronize(), "more");
     downloaded d = download(*b, 2);
     check_work(d, 2, what);

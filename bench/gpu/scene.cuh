@@ -71,6 +71,7 @@ inline void scene_init(scene *s, const scene_options &o)
     s->grid = {(uint32_t)n_units, (uint32_t)prop.multiProcessorCount, o.n_blocks_max};
     ok(winnow_gpu_scan_prepare(v), "scan_prepare");
     ok(winnow_gpu_select_prepare(v), "select_prepare");
+    ok(winnow_gpu_list_more_prepare(v), "list_more_prepare");
 }
 
 inline void scene_finish(scene *s)

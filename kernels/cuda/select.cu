@@ -22,7 +22,7 @@
  * (3-6 us), 512 threads a thread block (2 us more from 4,096 blocks of one on).
  */
 #include <kernels/cuda/edge.cuh>
-#include <kernels/cuda/select.cuh>
+#include <kernels/cuda/list.cuh>
 #include <kernels/cuda/stage.h>
 
 using namespace winnow_gpu_select;
@@ -31,7 +31,6 @@ namespace
 {
 
 constexpr uint32_t N_THREADS = 1024, N_THREADS_SHORT = 256;
-constexpr uint32_t RANK_BLOCKS = 2048;     /* of a thread block, while there are ranks left */
 constexpr uint32_t SHORT_BLOCKS_MAX = 512; /* of a unit: thread blocks share an SM */
 constexpr uint32_t KEPT_BYTES = 98304, KEPT_BYTES_SHORT = 8192; /* of shares */
 
@@ -337,10 +336,8 @@ __device__ void part_find(const winnow_gpu_view &view, team *team, part *part, l
 {
     const winnow_gpu_launch *launch = view.launch;
     const winnow_gpu_item &item = launch->item[blockIdx.z];
-    uint32_t n = item.n_segments * view.span_blocks, ranks_log2 = 0;
+    uint32_t n = item.n_segments * view.span_blocks, ranks_log2 = team_ranks_log2(*team, n);
 
-    while (1u << ranks_log2 < team->n_ranks && n >> ranks_log2 > RANK_BLOCKS)
-        ranks_log2++;
     team->n_ranks = 1u << ranks_log2;
     list->unit = {item.session, item.layer, blockIdx.y, 0};
     list->block_first = launch->block_first[blockIdx.z] + blockIdx.y * n;
@@ -436,22 +433,6 @@ uint32_t kept_find(const winnow_gpu_view *view, bool is_short)
     return (is_short ? KEPT_BYTES_SHORT : KEPT_BYTES) / (4 * view->n_group);
 }
 
-/* Thread blocks a unit: as many as the device holds at once and the longest unit may fill. */
-cudaError_t ranks_find(const winnow_gpu_grid *grid, uint32_t *n_ranks)
-{
-    int device, major;
-    cudaError_t rc = cudaGetDevice(&device);
-
-    if (rc == cudaSuccess)
-        rc = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    *n_ranks = 1;
-    while (rc == cudaSuccess && major >= 9 && *n_ranks < N_RANKS_MAX &&
-           grid->n_blocks_max / grid->n_units_max / *n_ranks > RANK_BLOCKS &&
-           2 * *n_ranks * grid->n_units_max <= grid->n_multiprocessors)
-        *n_ranks *= 2;
-    return rc;
-}
-
 } // namespace
 
 cudaError_t winnow_gpu_select_prepare(const struct winnow_gpu_view *view)
@@ -471,7 +452,7 @@ cudaError_t winnow_gpu_stage_select(const struct winnow_gpu_view *view,
                                     const struct winnow_gpu_grid *grid, cudaStream_t stream)
 {
     uint32_t n_ranks;
-    cudaError_t rc = ranks_find(grid, &n_ranks);
+    cudaError_t rc = team_ranks_find(grid, &n_ranks);
     bool is_short = grid->n_blocks_max / grid->n_units_max <= SHORT_BLOCKS_MAX;
     uint32_t n_kept = kept_find(view, is_short);
     cudaLaunchAttribute attribute[2] = {};

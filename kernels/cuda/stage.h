@@ -40,6 +40,10 @@ cudaError_t winnow_gpu_scan_prepare(const struct winnow_gpu_view *);
 cudaError_t winnow_gpu_select_prepare(const struct winnow_gpu_view *);
 cudaError_t winnow_gpu_attend_prepare(const struct winnow_gpu_view *); /* tail too */
 cudaError_t winnow_gpu_more_prepare(const struct winnow_gpu_view *);
+/* Of more: its first kernel. */
+cudaError_t winnow_gpu_list_more_prepare(const struct winnow_gpu_view *);
+cudaError_t winnow_gpu_list_more_put(const struct winnow_gpu_view *, const struct winnow_gpu_grid *,
+                                     cudaStream_t);
 
 #ifdef __cplusplus
 }

@@ -5,17 +5,44 @@
 #pragma once
 
 #include <cooperative_groups.h>
+#include <kernels/cuda/stage.h>
 #include <stdint.h>
 
 namespace winnow_gpu_select
 {
 
 constexpr uint32_t N_RANKS_MAX = 8;
+constexpr uint32_t RANK_BLOCKS = 2048; /* of a thread block, while there are ranks left */
 
 struct team {
     uint32_t rank,
         n_ranks; /* n_ranks: a power of 2; the cluster's other thread blocks have ended */
 };
+
+/* How many of the cluster a unit of n_blocks has use for. */
+static __device__ uint32_t team_ranks_log2(team cluster, uint32_t n_blocks)
+{
+    uint32_t ranks_log2 = 0;
+    while (1u << ranks_log2 < cluster.n_ranks && n_blocks >> ranks_log2 > RANK_BLOCKS)
+        ranks_log2++;
+    return ranks_log2;
+}
+
+/* Thread blocks a unit: as many as the device holds at once and the longest unit may fill. */
+static inline cudaError_t team_ranks_find(const winnow_gpu_grid *grid, uint32_t *n_ranks)
+{
+    int device, major;
+    cudaError_t rc = cudaGetDevice(&device);
+
+    if (rc == cudaSuccess)
+        rc = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    *n_ranks = 1;
+    while (rc == cudaSuccess && major >= 9 && *n_ranks < N_RANKS_MAX &&
+           grid->n_blocks_max / grid->n_units_max / *n_ranks > RANK_BLOCKS &&
+           2 * *n_ranks * grid->n_units_max <= grid->n_multiprocessors)
+        *n_ranks *= 2;
+    return rc;
+}
 
 /* All threads. What was written to the team's shared memory before is seen after. */
 static __device__ void team_arrive(team team)

@@ -111,9 +111,9 @@ struct winnow_gpu_unit {
  */
 struct winnow_gpu_queue {
     uint32_t n_fetch, n_ready, n_waiting;
-    uint32_t work_next, ticket_next, fetch_next, unit_next; /* taken by attend, more */
-    uint32_t n_short, n_listed; /* units: short after this round; whose list is complete */
-    uint32_t n_ended;           /* thread blocks of `more` that have nothing left to do */
+    uint32_t work_next, ticket_next, fetch_next; /* taken by attend, more */
+    uint32_t n_short;                            /* units that are short after this round */
+    uint32_t n_ended; /* thread blocks of `more` that have nothing left to do */
     uint32_t scan_next[WINNOW_GPU_SCAN_RUNS_MAX]; /* records of each run that scan has taken */
 };
 

@@ -175,10 +175,22 @@ int winnow_limits_measure(struct winnow_limits *limits)
     return 0;
 }
 
+int winnow_limits_measure_gpu(struct winnow_limits *limits)
+{
+    uint64_t kib = read_number("/proc/self/status", "VmRSS:");
+    uint64_t known = limits->process_bytes - SERVING_BYTES + limits->host_pool_bytes;
+    winnow_assert(limits->process_bytes >= SERVING_BYTES);
+    if (kib == UINT64_MAX)
+        return -EIO;
+    limits->gpu_bytes = kib << 10 > known ? (kib << 10) - known : 0;
+    return 0;
+}
+
 static uint64_t sum_before_margin(const struct winnow_limits *limits)
 {
     return limits->host_pool_bytes + limits->index_memory_bytes + limits->in_flight_bytes +
-           limits->core_bytes + limits->io_bytes + limits->rpc_bytes + limits->process_bytes;
+           limits->core_bytes + limits->io_bytes + limits->rpc_bytes + limits->process_bytes +
+           limits->gpu_bytes;
 }
 
 uint64_t winnow_limits_sum_bytes(const struct winnow_limits *limits)
@@ -219,7 +231,7 @@ void winnow_limits_print(const struct winnow_limits *limits, const struct winnow
                          const struct winnow_origins *origins, const struct winnow_machine *machine,
                          FILE *file)
 {
-    char a[24], b[24], c[24], d[24], e[24], f[24], g[24], h[24], i[24];
+    char a[24], b[24], c[24], d[24], e[24], f[24], g[24], h[24], i[24], gpu[40] = "";
     uint64_t most = machine->cgroup_bytes < machine->memory_available_bytes
                         ? machine->cgroup_bytes
                         : machine->memory_available_bytes;
@@ -235,13 +247,15 @@ void winnow_limits_print(const struct winnow_limits *limits, const struct winnow
     fprintf(file, "segment_tokens %u from %s  policy %s from %s  socket %s\n",
             limits->segment_tokens, ORIGIN(origins, segment_tokens), config->policy,
             ORIGIN(origins, policy), config->socket);
+    if (limits->gpu_bytes)
+        snprintf(gpu, sizeof gpu, "+ GPU %s ", winnow_size_text(limits->gpu_bytes, a));
     fprintf(file,
             "memory pool %s + index %s + in flight %s + core %s + I/O %s + RPC %s + process %s "
-            "+ 10 %% = %s of %s\n",
+            "%s+ 10 %% = %s of %s\n",
             winnow_size_text(limits->host_pool_bytes, a),
             winnow_size_text(limits->index_memory_bytes, b),
             winnow_size_text(limits->in_flight_bytes, c), winnow_size_text(limits->core_bytes, d),
             winnow_size_text(limits->io_bytes, e), winnow_size_text(limits->rpc_bytes, f),
-            winnow_size_text(limits->process_bytes, g),
+            winnow_size_text(limits->process_bytes, g), gpu,
             winnow_size_text(winnow_limits_sum_bytes(limits), h), winnow_size_text(most, i));
 }

@@ -388,6 +388,10 @@ static int run(struct daemon *daemon, enum winnow_verb verb)
     if (code)
         return code;
     daemon->limits.core_bytes = winnow_core_fixed_bytes(daemon->core);
+    if (winnow_core_has_gpu(daemon->core) && winnow_limits_measure_gpu(&daemon->limits) < 0) {
+        fprintf(stderr, "cannot read /proc/self/status. hint: mount /proc\n");
+        return EXIT_SOFTWARE;
+    }
     winnow_limits_check_sum(&daemon->limits, &daemon->origins, &daemon->machine,
                             &daemon->complaints);
     if (daemon->complaints.n)

@@ -108,6 +108,23 @@ static void test_limits__process_is_measured(void)
     free((void *)more);
 }
 
+/* What becomes resident with a GPU's core, beyond the pool that it pins, is in the sum. */
+static void test_limits__gpu_is_measured(void)
+{
+    struct winnow_limits with = {.host_pool_bytes = 16 * MIB};
+    CHECK_EQ(winnow_limits_measure(&with), 0);
+    uint64_t sum = winnow_limits_sum_bytes(&with);
+    size_t n_bytes = 80 * MIB;
+    uint8_t *taken = malloc(n_bytes);
+    CHECK(taken);
+    memset(taken, 1, n_bytes);
+    CHECK_EQ(winnow_limits_measure_gpu(&with), 0);
+    CHECK_EQ(taken[n_bytes - 1], 1);
+    CHECK(with.gpu_bytes > 60 * MIB && with.gpu_bytes < 68 * MIB);
+    CHECK(winnow_limits_sum_bytes(&with) > sum + 60 * MIB);
+    free(taken);
+}
+
 /* More than the machine has, or its cgroup allows, is refused with a pool that fits. */
 static void test_limits__memory_that_is_not_there(void)
 {
@@ -186,6 +203,7 @@ int main(int argc, char **argv)
     TEST_RUN(test_limits__small_pool_is_small);
     TEST_RUN(test_limits__sum);
     TEST_RUN(test_limits__process_is_measured);
+    TEST_RUN(test_limits__gpu_is_measured);
     TEST_RUN(test_limits__memory_that_is_not_there);
     TEST_RUN(test_limits__disk_that_is_not_there);
     TEST_RUN(test_limits__probe);

@@ -145,23 +145,6 @@ cudaError_t winnow_gpu_list_more_prepare(const struct winnow_gpu_view *view)
 cudaError_t winnow_gpu_list_more_put(const struct winnow_gpu_view *view,
                                      const struct winnow_gpu_grid *grid, cudaStream_t stream)
 {
-    uint32_t n_ranks;
-    cudaError_t rc = team_ranks_find(grid, &n_ranks);
-    cudaLaunchAttribute attribute[2] = {};
-    cudaLaunchConfig_t config = {};
-
-    if (rc != cudaSuccess)
-        return rc;
-    attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute[0].val.programmaticStreamSerializationAllowed = 1;
-    attribute[1].id = cudaLaunchAttributeClusterDimension;
-    attribute[1].val.clusterDim.x = n_ranks;
-    attribute[1].val.clusterDim.y = attribute[1].val.clusterDim.z = 1;
-    config.gridDim = dim3(n_ranks, view->n_kv_heads, grid->n_units_max / view->n_kv_heads);
-    config.blockDim = dim3(N_THREADS);
-    config.dynamicSmemBytes = memory_bytes(view->n_group, 0);
-    config.stream = stream;
-    config.attrs = attribute;
-    config.numAttrs = n_ranks > 1 ? 2 : 1;
-    return cudaLaunchKernelEx(&config, list_more_kernel, *view);
+    return team_launch(list_more_kernel, grid, view->n_kv_heads, N_THREADS,
+                       memory_bytes(view->n_group, 0), stream, *view);
 }

@@ -451,28 +451,11 @@ cudaError_t winnow_gpu_select_prepare(const struct winnow_gpu_view *view)
 cudaError_t winnow_gpu_stage_select(const struct winnow_gpu_view *view,
                                     const struct winnow_gpu_grid *grid, cudaStream_t stream)
 {
-    uint32_t n_ranks;
-    cudaError_t rc = team_ranks_find(grid, &n_ranks);
     bool is_short = grid->n_blocks_max / grid->n_units_max <= SHORT_BLOCKS_MAX;
     uint32_t n_kept = kept_find(view, is_short);
-    cudaLaunchAttribute attribute[2] = {};
-    cudaLaunchConfig_t config = {};
 
-    if (rc != cudaSuccess)
-        return rc;
-    attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute[0].val.programmaticStreamSerializationAllowed = 1;
-    attribute[1].id = cudaLaunchAttributeClusterDimension;
-    attribute[1].val.clusterDim.x = n_ranks;
-    attribute[1].val.clusterDim.y = attribute[1].val.clusterDim.z = 1;
-    config.gridDim = dim3(n_ranks, view->n_kv_heads, grid->n_units_max / view->n_kv_heads);
-    config.blockDim = dim3(is_short ? N_THREADS_SHORT : N_THREADS);
-    config.dynamicSmemBytes = memory_bytes(view->n_group, n_kept);
-    config.stream = stream;
-    config.attrs = attribute;
-    config.numAttrs = n_ranks > 1 ? 2 : 1;
-    return cudaLaunchKernelEx(&config,
-                              is_short ? function_find<N_THREADS_SHORT>(view->n_group)
-                                       : function_find<N_THREADS>(view->n_group),
-                              *view, n_kept);
+    return team_launch(is_short ? function_find<N_THREADS_SHORT>(view->n_group)
+                                : function_find<N_THREADS>(view->n_group),
+                       grid, view->n_kv_heads, is_short ? N_THREADS_SHORT : N_THREADS,
+                       memory_bytes(view->n_group, n_kept), stream, *view, n_kept);
 }

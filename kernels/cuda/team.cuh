@@ -44,6 +44,34 @@ static inline cudaError_t team_ranks_find(const winnow_gpu_grid *grid, uint32_t 
     return rc;
 }
 
+/* Launches a kernel of teams: a thread block a unit, or a cluster of them, that may begin while the
+ * kernel before it ends. */
+template <class... PARAMETER, class... ARGUMENT>
+static cudaError_t team_launch(void (*kernel)(PARAMETER...), const winnow_gpu_grid *grid,
+                               uint32_t n_kv_heads, uint32_t n_threads, size_t shared_bytes,
+                               cudaStream_t stream, ARGUMENT... argument)
+{
+    uint32_t n_ranks;
+    cudaError_t rc = team_ranks_find(grid, &n_ranks);
+    cudaLaunchAttribute attribute[2] = {};
+    cudaLaunchConfig_t config = {};
+
+    if (rc != cudaSuccess)
+        return rc;
+    attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute[0].val.programmaticStreamSerializationAllowed = 1;
+    attribute[1].id = cudaLaunchAttributeClusterDimension;
+    attribute[1].val.clusterDim.x = n_ranks;
+    attribute[1].val.clusterDim.y = attribute[1].val.clusterDim.z = 1;
+    config.gridDim = dim3(n_ranks, n_kv_heads, grid->n_units_max / n_kv_heads);
+    config.blockDim = dim3(n_threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = attribute;
+    config.numAttrs = n_ranks > 1 ? 2 : 1;
+    return cudaLaunchKernelEx(&config, kernel, argument...);
+}
+
 /* All threads. What was written to the team's shared memory before is seen after. */
 static __device__ void team_arrive(team team)
 {

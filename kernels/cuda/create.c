@@ -87,8 +87,6 @@ static cudaError_t memory_clear(struct winnow_gpu *gpu)
     if (error == cudaSuccess)
         error = cudaMemsetAsync(view->counters, 0, view->n_layers * sizeof *view->counters,
                                 gpu->stream);
-    if (error == cudaSuccess)
-        error = cudaMemsetAsync(view->launch, 0, sizeof *view->launch, gpu->stream);
     return error;
 }
 

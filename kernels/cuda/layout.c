@@ -24,6 +24,11 @@ static uint64_t plus(uint64_t a, uint64_t b)
     return __builtin_add_overflow(a, b, &sum) ? UINT64_MAX : sum;
 }
 
+static uint64_t larger(uint64_t a, uint64_t b)
+{
+    return a > b ? a : b;
+}
+
 static uint64_t aligned(uint64_t n_bytes)
 {
     return plus(n_bytes, ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
@@ -175,7 +180,10 @@ static void launch_areas(struct winnow_gpu_layout *layout, const struct winnow_g
                                n / WINNOW_GROUP_BLOCKS + n / WINNOW_GPU_CHUNK_BLOCKS);
     uint64_t partial_floats = winnow_gpu_partial_floats(view);
 
-    area_add(layout, &view->launch, winnow_gpu_layout_launch_bytes(layout, o->n_items_max), of);
+    /* Threads load the item of their number before they know whether the launch has it. */
+    area_add(layout, &view->launch,
+             larger(sizeof *view->launch, winnow_gpu_layout_launch_bytes(layout, o->n_items_max)),
+             of);
     area_add(layout, &view->q_fragment,
              times(n_units, winnow_gpu_q_fragment_words(view) * sizeof *view->q_fragment), of);
     area_add(layout, &view->unit, times(n_units, sizeof *view->unit), of);

@@ -50,6 +50,21 @@ static void test_gpu_layout__areas_are_apart(void)
     CHECK(layout.view.partial && layout.view.index && layout.view.launch);
 }
 
+/* Of a gpu for one item too, the launch has room for all items: kernels load each before they ask
+ * how many there are. */
+static void test_gpu_layout__launch_is_whole(void)
+{
+    struct winnow_gpu_options options = llama;
+    struct winnow_gpu_layout layout;
+    char text[256];
+
+    options.n_items_max = 1;
+    CHECK_EQ(winnow_gpu_layout_init(&layout, &options, text), 0);
+    winnow_gpu_layout_place(&layout, (uint8_t *)(uintptr_t)4096);
+    CHECK((uint8_t *)layout.view.q_fragment - (uint8_t *)layout.view.launch >=
+          (ptrdiff_t)sizeof *layout.view.launch);
+}
+
 /* Partials have room for both rounds, however the blocks are split over the items. */
 static void test_gpu_layout__partials_suffice(void)
 {
@@ -126,6 +141,7 @@ int main(int argc, char **argv)
     TEST_INIT(argc, argv);
     TEST_RUN(test_gpu_layout__sizes_of_llama);
     TEST_RUN(test_gpu_layout__areas_are_apart);
+    TEST_RUN(test_gpu_layout__launch_is_whole);
     TEST_RUN(test_gpu_layout__partials_suffice);
     TEST_RUN(test_gpu_layout__refuses_by_name);
     TEST_RUN(test_gpu_load__says_what_is_missing);

@@ -13,7 +13,12 @@
 
 #include "cases.h"
 
-enum { SCENE_SESSIONS_MAX = 40, SCENE_QUERIES = 4 };
+enum { SCENE_SESSIONS_MAX = 256, SCENE_QUERIES = 4 };
+
+#define SCENE_SHAPE(n_layers, n_q, n_kv, k_width, v_width, kv_dtype, io_dtype)                     \
+    {                                                                                              \
+        n_layers, n_q, n_kv, k_width, v_width, 1, kv_dtype, io_dtype, WINNOW_BLOCK_FRAGMENTS       \
+    }
 
 struct scene_options {
     struct winnow_model_shape shape; /* layout 2 */
@@ -44,6 +49,7 @@ struct scene {
     uint64_t arena_bytes;
     struct scene_head *head; /* [session][layer][KV head] */
     const struct winnow_kernels *ref;
+    struct winnow_gpu_device *device; /* opened over the arena by scene_open */
 };
 
 static const struct winnow_gpu_api *api;
@@ -244,6 +250,54 @@ static inline void scene_finish(struct scene *scene)
     winnow_alloc_unmap(scene->arena, scene->arena_bytes);
 }
 
+/* A scene, and a device that reads its arena. */
+static inline void scene_open(struct scene *scene, const struct scene_options *options)
+{
+    char text[256] = "";
+
+    scene_init(scene, options);
+    if (api->open(0, UINT64_C(3) << 30, scene->arena, scene->arena_bytes, &scene->device, text) < 0)
+        test_fail(__FILE__, __LINE__, text);
+}
+
+static inline void scene_close(struct scene *scene)
+{
+    api->close(scene->device);
+    scene_finish(scene);
+}
+
+/* The stored traces as a scene, a layer each: segments of 1,024 tokens, a tail of 1,008. */
+struct scene_traces {
+    struct winnow_trace_list list;
+    struct winnow_trace trace[8];
+};
+
+static inline void scene_open_traces(struct scene *scene, struct scene_traces *traces)
+{
+    struct scene_options options = {
+        .shape = SCENE_SHAPE(0, 3, 1, 64, 64, WINNOW_FP16, WINNOW_FP32),
+        .segment_tokens = 1024,
+        .n_sinks = 16,
+        .n_sessions = 1,
+        .n_segments = {7},
+        .n_tail = {1008},
+        .trace = traces->trace,
+    };
+
+    CHECK_EQ(winnow_trace_list_open("tests/golden/traces", &traces->list), 0);
+    for (uint32_t i = 0; i < traces->list.n_paths && i < 8; i++, options.shape.n_layers++)
+        CHECK_EQ(winnow_trace_open(traces->list.path[i], &traces->trace[i]), 0);
+    scene_open(scene, &options);
+}
+
+static inline void scene_close_traces(struct scene *scene, struct scene_traces *traces)
+{
+    scene_close(scene);
+    for (uint32_t i = 0; i < scene->of.shape.n_layers; i++)
+        winnow_trace_close(&traces->trace[i]);
+    winnow_trace_list_close(&traces->list);
+}
+
 /* What differs between gpus of one scene. */
 struct scene_gpu_options {
     uint32_t n_slots, n_fetchers;
@@ -320,17 +374,17 @@ static inline void scene_tail_put(const struct scene *scene, struct winnow_gpu *
 
 /* A gpu that holds all of the scene. */
 static inline struct winnow_gpu *scene_put(const struct scene *scene,
-                                           struct winnow_gpu_device *device,
                                            const struct scene_gpu_options *options)
 {
     struct winnow_gpu_options gpu_options = scene_gpu_options(scene, options);
     uint32_t n_heads = scene->of.shape.n_kv_heads;
-    uint32_t *home = case_alloc(n_heads * scene->span * sizeof *home), slots[512];
+    uint32_t *home = case_alloc(n_heads * scene->span * sizeof *home);
+    uint32_t *slots = case_alloc(gpu_options.n_session_segments_max * sizeof *slots);
     struct winnow_index_view views[64];
     struct winnow_gpu *gpu;
     char text[256] = "";
 
-    if (api->create(device, &gpu_options, &gpu, text) < 0)
+    if (api->create(scene->device, &gpu_options, &gpu, text) < 0)
         test_fail(__FILE__, __LINE__, text);
     for (uint32_t s = 0; s < scene->of.n_sessions; s++) {
         for (uint32_t k = 0; k < scene->of.n_segments[s]; k++)
@@ -347,116 +401,41 @@ static inline struct winnow_gpu *scene_put(const struct scene *scene,
         }
     }
     winnow_alloc_free(home);
+    winnow_alloc_free(slots);
     return gpu;
 }
 
-/* A decode item and its memory, poisoned, between guards. */
-struct scene_item {
-    struct winnow_gpu_item item;
-    struct winnow_gpu_certificate certificate;
-    uint8_t *memory, *q, *k, *v, *out;
-    float *lse, *wide; /* wide: out as fp32 */
-    uint32_t *disk_block, n_disk_block_max;
+/* Several KV heads, 32 sessions of different lengths. */
+static const struct scene_options scene_crowd = {
+    .shape = SCENE_SHAPE(2, 8, 2, 128, 64, WINNOW_BF16, WINNOW_FP16),
+    .segment_tokens = 128,
+    .n_sinks = 16,
+    .n_sessions = 32,
+    .n_segments = {9, 0, 1, 2, 3, 4, 5, 6, 30, 1, 2, 3, 4, 5, 6, 7,
+                   7, 6, 5, 4, 3, 2, 1, 0, 2,  2, 2, 2, 2, 2, 2, 2},
+    .n_tail = {5,  16, 100, 1, 7, 9, 33, 80, 640, 3,  17, 18, 19, 20, 21, 22,
+               23, 24, 25,  1, 2, 3, 4,  5,  6,   64, 65, 66, 67, 68, 69, 70},
+    .seed = 11,
 };
 
-enum { SCENE_GUARD_BYTES = 64 };
-
-static inline size_t scene_io_bytes(const struct scene *scene)
-{
-    return scene->of.shape.io_dtype == WINNOW_FP32 ? 4 : 2;
-}
-
-static inline size_t scene_out_bytes(const struct scene *scene)
-{
-    return (size_t)scene->of.shape.n_q_heads * scene->of.shape.v_width * scene_io_bytes(scene);
-}
-
-static inline void scene_item_init(const struct scene *scene, struct scene_item *item,
-                                   uint32_t session, uint32_t layer, uint32_t query, float mass)
-{
-    const struct winnow_model_shape *shape = &scene->of.shape;
-    size_t io = scene_io_bytes(scene), n_group_k = scene->n_group * shape->k_width;
-    size_t out_bytes = scene_out_bytes(scene);
-
-    *item = (struct scene_item){0};
-    item->n_disk_block_max = scene->of.n_segments[session] * scene->span * shape->n_kv_heads;
-    item->q = case_alloc(shape->n_q_heads * shape->k_width * io);
-    item->k = case_alloc(shape->n_kv_heads * shape->k_width * io);
-    item->v = case_alloc(shape->n_kv_heads * shape->v_width * io);
-    item->lse = case_alloc(shape->n_q_heads * sizeof(float));
-    item->wide = case_alloc((size_t)shape->n_q_heads * shape->v_width * sizeof(float));
-    item->disk_block = case_alloc((item->n_disk_block_max + 1) * sizeof(uint32_t));
-    item->memory = case_alloc(out_bytes + 2 * SCENE_GUARD_BYTES);
-    memset(item->memory, 0xa5, out_bytes + 2 * SCENE_GUARD_BYTES);
-    item->out = item->memory + SCENE_GUARD_BYTES;
-    for (uint32_t h = 0; h < shape->n_kv_heads; h++) {
-        const struct kernel_data *data = &scene_head(scene, session, layer, h)->data;
-        size_t last = scene_n_tokens(scene, session) - 1;
-        scene->ref->from_float(shape->io_dtype, n_group_k, data->q + query * n_group_k,
-                               item->q + h * n_group_k * io);
-        scene->ref->from_float(shape->io_dtype, shape->k_width, data->k + last * shape->k_width,
-                               item->k + h * shape->k_width * io);
-        scene->ref->from_float(shape->io_dtype, shape->v_width, data->v + last * shape->v_width,
-                               item->v + h * shape->v_width * io);
-    }
-    item->item = (struct winnow_gpu_item){
-        .session = session,
-        .layer = layer,
-        .n_segments = scene->of.n_segments[session],
-        .n_tokens = scene_n_tokens(scene, session),
-        .mass = mass,
-        .q = item->q,
-        .out = item->out,
-        .lse = item->lse,
-        .certificate = &item->certificate,
-        .disk_block = item->disk_block,
-        .n_disk_block_max = item->n_disk_block_max,
-    };
-}
-
-static inline void scene_item_finish(const struct scene *scene, struct scene_item *item)
-{
-    for (size_t i = 0; i < SCENE_GUARD_BYTES; i++) {
-        CHECK_EQ(item->memory[i], 0xa5);
-        CHECK_EQ(item->out[scene_out_bytes(scene) + i], 0xa5);
-    }
-    winnow_alloc_free(item->q);
-    winnow_alloc_free(item->k);
-    winnow_alloc_free(item->v);
-    winnow_alloc_free(item->lse);
-    winnow_alloc_free(item->wide);
-    winnow_alloc_free(item->disk_block);
-    winnow_alloc_free(item->memory);
-}
-
-/* One launch of n items, waited for. */
-static inline void scene_decode(const struct scene *scene, struct winnow_gpu *gpu, uint32_t n,
-                                struct scene_item *items)
-{
-    struct winnow_gpu_item list[SCENE_SESSIONS_MAX];
-
-    for (uint32_t i = 0; i < n; i++)
-        list[i] = items[i].item;
-    int64_t ticket = api->decode(gpu, n, list);
-    CHECK(ticket > 0);
-    CHECK_EQ(api->poll(gpu, ticket, true), 1);
-    for (uint32_t i = 0; i < n; i++)
-        winnow_ref_widen(scene->of.shape.io_dtype,
-                         (size_t)scene->of.shape.n_q_heads * scene->of.shape.v_width, items[i].out,
-                         items[i].wide);
-}
-
-/* The same bits: output, lse and certificate but for where blocks were found. */
-static inline void scene_same(const struct scene *scene, const struct scene_item *a,
-                              const struct scene_item *b)
-{
-    const struct winnow_gpu_certificate *x = &a->certificate, *y = &b->certificate;
-
-    CHECK_EQ(x->status, y->status);
-    CHECK_EQ(x->n_rounds, y->n_rounds);
-    CHECK_EQ(x->n_blocks_device + x->n_blocks_host + x->n_blocks_disk,
-             y->n_blocks_device + y->n_blocks_host + y->n_blocks_disk);
-    CHECK(!memcmp(a->out, b->out, scene_out_bytes(scene)));
-    CHECK(!memcmp(a->lse, b->lse, scene->of.shape.n_q_heads * sizeof(float)));
-    CHECK(!memcmp(&x->mass_reached, &y->mass_reached, sizeof(float)));
-}
+/* Every ratio of query to KV heads, every head width of models and some odd ones, both types at
+ * rest, every type of queries. */
+static const struct winnow_model_shape scene_shapes[] = {
+    SCENE_SHAPE(1, 4, 1, 128, 128, WINNOW_BF16, WINNOW_FP32),
+    SCENE_SHAPE(1, 3, 1, 64, 64, WINNOW_FP16, WINNOW_FP32),
+    SCENE_SHAPE(2, 1, 1, 256, 256, WINNOW_BF16, WINNOW_BF16),
+    SCENE_SHAPE(1, 16, 1, 96, 64, WINNOW_FP16, WINNOW_FP16),
+    SCENE_SHAPE(1, 7, 1, 192, 128, WINNOW_FP16, WINNOW_FP32),
+    SCENE_SHAPE(1, 8, 1, 80, 112, WINNOW_BF16, WINNOW_FP32),
+    SCENE_SHAPE(1, 5, 1, 16, 16, WINNOW_FP16, WINNOW_FP32),
+    SCENE_SHAPE(1, 2, 1, 64, 256, WINNOW_BF16, WINNOW_FP16),
+    SCENE_SHAPE(1, 6, 1, 96, 192, WINNOW_BF16, WINNOW_BF16),
+    SCENE_SHAPE(1, 9, 1, 128, 96, WINNOW_FP16, WINNOW_BF16),
+    SCENE_SHAPE(1, 10, 1, 192, 64, WINNOW_BF16, WINNOW_FP32),
+    SCENE_SHAPE(1, 11, 1, 256, 128, WINNOW_FP16, WINNOW_FP16),
+    SCENE_SHAPE(1, 12, 1, 64, 192, WINNOW_FP16, WINNOW_FP32),
+    SCENE_SHAPE(1, 13, 1, 96, 96, WINNOW_BF16, WINNOW_FP32),
+    SCENE_SHAPE(1, 14, 1, 128, 256, WINNOW_BF16, WINNOW_FP16),
+    SCENE_SHAPE(1, 15, 1, 192, 192, WINNOW_BF16, WINNOW_FP32),
+};
+enum { SCENE_N_SHAPES = sizeof scene_shapes / sizeof scene_shapes[0] };

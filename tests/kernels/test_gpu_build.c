@@ -1,10 +1,10 @@
 /* Build jobs through the GPU's contract: what ref promises of any input, the same bits whatever runs
  * beside them, refusals. */
 #include "built.h"
-#include "gpu_scene.h"
+#include "gpu_item.h"
 
-static struct winnow_gpu_device *device;
 static struct scene scene;
+static const struct scene_gpu_options of_gpu = {.n_slots = 64};
 
 /* A job's homes and results, poisoned. */
 struct job {
@@ -108,26 +108,6 @@ static void job_same(const struct job *a, const struct job *b)
     }
 }
 
-static struct winnow_gpu *scene_open(const struct scene_options *options)
-{
-    struct scene_gpu_options of_gpu = {.n_slots = 64};
-
-    scene_init(&scene, options);
-    CHECK(!device);
-    char text[256] = "";
-    if (api->open(0, UINT64_C(1) << 30, scene.arena, scene.arena_bytes, &device, text) < 0)
-        test_fail(__FILE__, __LINE__, text);
-    return scene_put(&scene, device, &of_gpu);
-}
-
-static void scene_close(struct winnow_gpu *gpu)
-{
-    api->destroy(gpu);
-    api->close(device);
-    device = NULL;
-    scene_finish(&scene);
-}
-
 static const struct {
     uint32_t k_width, v_width, kv_dtype, segment_tokens, n_segments;
 } form[] = {
@@ -144,8 +124,8 @@ static void test_gpu_build__holds_what_ref_promises(void)
     for (uint32_t f = 0; f < sizeof form / sizeof form[0]; f++)
         for (uint32_t input = 0; input < N_INPUTS; input++) {
             struct scene_options options = {
-                .shape = {1, 4, 2, form[f].k_width, form[f].v_width, 1, form[f].kv_dtype,
-                          WINNOW_FP32, WINNOW_BLOCK_FRAGMENTS},
+                .shape = SCENE_SHAPE(1, 4, 2, form[f].k_width, form[f].v_width, form[f].kv_dtype,
+                                     WINNOW_FP32),
                 .segment_tokens = form[f].segment_tokens,
                 .n_sinks = 16,
                 .n_sessions = 1,
@@ -160,7 +140,8 @@ static void test_gpu_build__holds_what_ref_promises(void)
                 continue;
             if (f > 1 && input != INPUT_RANDOM && input != 1 + (test_seed() + f) % (N_INPUTS - 1))
                 continue;
-            struct winnow_gpu *gpu = scene_open(&options);
+            scene_open(&scene, &options);
+            struct winnow_gpu *gpu = scene_put(&scene, &of_gpu);
             for (uint32_t k = 0; k < options.n_segments[0]; k++) {
                 job_init(&job, 0, k);
                 job_begin(gpu, &job);
@@ -168,32 +149,21 @@ static void test_gpu_build__holds_what_ref_promises(void)
                 job_check(&job);
                 job_finish(&job);
             }
-            scene_close(gpu);
+            api->destroy(gpu);
+            scene_close(&scene);
         }
 }
 
 /* Real keys: every segment of the traces. */
 static void test_gpu_build__real_keys_as_ref(void)
 {
-    struct winnow_trace_list list;
-    struct winnow_trace trace[8];
-    struct scene_options options = {
-        .shape = {0, 3, 1, 64, 64, 1, WINNOW_FP16, WINNOW_FP32, WINNOW_BLOCK_FRAGMENTS},
-        .segment_tokens = 1024,
-        .n_sinks = 16,
-        .n_sessions = 1,
-        .n_segments = {7},
-        .n_tail = {1008},
-        .trace = trace,
-    };
+    static struct scene_traces traces;
 
     if (scene_is_small())
         return;
-    CHECK_EQ(winnow_trace_list_open("tests/golden/traces", &list), 0);
-    for (uint32_t i = 0; i < list.n_paths && i < 8; i++, options.shape.n_layers++)
-        CHECK_EQ(winnow_trace_open(list.path[i], &trace[i]), 0);
-    struct winnow_gpu *gpu = scene_open(&options);
-    for (uint32_t layer = 0; layer < options.shape.n_layers; layer++)
+    scene_open_traces(&scene, &traces);
+    struct winnow_gpu *gpu = scene_put(&scene, &of_gpu);
+    for (uint32_t layer = 0; layer < scene.of.shape.n_layers; layer++)
         for (uint32_t k = 0; k < 7; k++) {
             struct job job;
             job_init(&job, layer, k);
@@ -202,14 +172,12 @@ static void test_gpu_build__real_keys_as_ref(void)
             job_check(&job);
             job_finish(&job);
         }
-    scene_close(gpu);
-    for (uint32_t i = 0; i < options.shape.n_layers; i++)
-        winnow_trace_close(&trace[i]);
-    winnow_trace_list_close(&list);
+    api->destroy(gpu);
+    scene_close_traces(&scene, &traces);
 }
 
 static const struct scene_options llama = {
-    .shape = {2, 8, 4, 128, 128, 1, WINNOW_BF16, WINNOW_BF16, WINNOW_BLOCK_FRAGMENTS},
+    .shape = SCENE_SHAPE(2, 8, 4, 128, 128, WINNOW_BF16, WINNOW_BF16),
     .segment_tokens = 256,
     .n_sinks = 16,
     .n_sessions = 1,
@@ -222,7 +190,8 @@ static const struct scene_options llama = {
 static void test_gpu_build__same_bits_beside_steps(void)
 {
     enum { N = WINNOW_GPU_BUILDS_MAX };
-    struct winnow_gpu *gpu = scene_open(&llama);
+    scene_open(&scene, &llama);
+    struct winnow_gpu *gpu = scene_put(&scene, &of_gpu);
     struct job alone[N], job[N];
     struct scene_item first, item;
     uint32_t n_rounds = scene_is_small() ? 1 : 20;
@@ -266,14 +235,16 @@ static void test_gpu_build__same_bits_beside_steps(void)
     for (uint32_t i = 0; i < N; i++)
         job_finish(&alone[i]);
     scene_item_finish(&scene, &first);
-    scene_close(gpu);
+    api->destroy(gpu);
+    scene_close(&scene);
 }
 
 /* A home that is none, a job that is none, views of another size: nothing is done, and what was
  * asked before goes on. A gpu that is destroyed waits for its jobs. */
 static void test_gpu_build__refuses_what_is_not_there(void)
 {
-    struct winnow_gpu *gpu = scene_open(&llama);
+    scene_open(&scene, &llama);
+    struct winnow_gpu *gpu = scene_put(&scene, &of_gpu);
     struct job job;
 
     job_init(&job, 0, 0);
@@ -293,7 +264,8 @@ static void test_gpu_build__refuses_what_is_not_there(void)
     CHECK_EQ(job_poll(gpu, &job, true), 1);
     job_check(&job);
     job_begin(gpu, &job);
-    scene_close(gpu);
+    api->destroy(gpu);
+    scene_close(&scene);
     job_finish(&job);
 }
 

@@ -1,6 +1,6 @@
 /* A device that is lost under a gpu: holds the library's objects itself, to break the context by a
  * store to an address that nobody has. */
-#include "gpu_scene.h"
+#include "gpu_item.h"
 
 #include <kernels/cuda/control.h>
 #include <kernels/cuda/state.h>
@@ -10,7 +10,7 @@
 static void test_gpu_lost__all_calls_say_so(void)
 {
     struct scene_options options = {
-        .shape = {2, 4, 2, 64, 64, 1, WINNOW_FP16, WINNOW_FP32, WINNOW_BLOCK_FRAGMENTS},
+        .shape = SCENE_SHAPE(2, 4, 2, 64, 64, WINNOW_FP16, WINNOW_FP32),
         .segment_tokens = 128,
         .n_sinks = 16,
         .n_sessions = 2,
@@ -19,7 +19,7 @@ static void test_gpu_lost__all_calls_say_so(void)
         .seed = test_seed(),
     };
     struct scene_gpu_options of_gpu = {.n_slots = 64};
-    struct winnow_gpu_device *device, *none;
+    struct winnow_gpu_device *none;
     struct winnow_gpu_counters counters;
     struct winnow_index_view views[2];
     struct winnow_gpu *other;
@@ -29,10 +29,8 @@ static void test_gpu_lost__all_calls_say_so(void)
     uint16_t of_head[2][128], *order[] = {of_head[0], of_head[1]};
     char text[256] = "";
 
-    scene_init(&scene, &options);
-    if (api->open(0, UINT64_C(1) << 30, scene.arena, scene.arena_bytes, &device, text) < 0)
-        test_fail(__FILE__, __LINE__, text);
-    struct winnow_gpu *gpu = scene_put(&scene, device, &of_gpu);
+    scene_open(&scene, &options);
+    struct winnow_gpu *gpu = scene_put(&scene, &of_gpu);
     scene_item_init(&scene, &item, 0, 0, 0, 0.9f);
     scene_decode(&scene, gpu, 1, &item);
     memset(item.out, 0xa5, scene_out_bytes(&scene));
@@ -64,11 +62,11 @@ static void test_gpu_lost__all_calls_say_so(void)
         CHECK_EQ(order[i / 128][i % 128], 0xa5a5);
     CHECK_EQ(api->counters(gpu, 0, &counters), -EIO);
     struct winnow_gpu_options again = scene_gpu_options(&scene, &of_gpu);
-    CHECK_EQ(api->create(device, &again, &other, text), -EIO);
+    CHECK_EQ(api->create(scene.device, &again, &other, text), -EIO);
     for (size_t i = 0; i < scene_out_bytes(&scene); i++)
         CHECK_EQ(item.out[i], 0xa5);
     api->destroy(gpu);
-    api->close(device);
+    api->close(scene.device);
     CHECK(api->open(0, 1 << 20, NULL, 0, &none, text) < 0); /* only a new process has a context */
     scene_item_finish(&scene, &item);
     scene_finish(&scene);

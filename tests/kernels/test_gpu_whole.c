@@ -3,30 +3,9 @@
  * the storage type times sum p|v| (out) and 1e-4 + 1e-6 of the largest logit (lse), and against
  * themselves to the bit, whatever the cache holds; of which they take what is empty.
  */
-#include "gpu_scene.h"
+#include "gpu_item.h"
 
-static struct winnow_gpu_device *device;
 static struct scene scene;
-
-#define SHAPE(n_layers, n_q, n_kv, k_width, v_width, kv_dtype, io_dtype)                           \
-    {                                                                                              \
-        n_layers, n_q, n_kv, k_width, v_width, 1, kv_dtype, io_dtype, WINNOW_BLOCK_FRAGMENTS       \
-    }
-
-static void scene_open(const struct scene_options *options)
-{
-    char text[256] = "";
-
-    scene_init(&scene, options);
-    if (api->open(0, UINT64_C(3) << 30, scene.arena, scene.arena_bytes, &device, text) < 0)
-        test_fail(__FILE__, __LINE__, text);
-}
-
-static void scene_close(void)
-{
-    api->close(device);
-    scene_finish(&scene);
-}
 
 static uint32_t n_sealed_of(uint32_t session)
 {
@@ -166,22 +145,13 @@ static void scene_check(struct winnow_gpu *gpu)
  * with a few, and with a tail that ends anywhere. */
 static void test_gpu_whole__as_ref(void)
 {
-    static const struct winnow_model_shape shapes[] = {
-        SHAPE(1, 4, 1, 128, 128, WINNOW_BF16, WINNOW_FP32),
-        SHAPE(1, 6, 2, 64, 64, WINNOW_FP16, WINNOW_FP32),
-        SHAPE(2, 1, 1, 256, 256, WINNOW_BF16, WINNOW_BF16),
-        SHAPE(1, 16, 1, 96, 64, WINNOW_FP16, WINNOW_FP16),
-        SHAPE(1, 7, 1, 192, 128, WINNOW_FP16, WINNOW_FP32),
-        SHAPE(1, 8, 1, 80, 112, WINNOW_BF16, WINNOW_FP32),
-        SHAPE(1, 5, 1, 16, 16, WINNOW_FP16, WINNOW_FP32),
-    };
     static const enum kernel_input other[] = {INPUT_EQUAL, INPUT_STEPS, INPUT_TINY};
 
     out_error = lse_error = 0;
-    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++)
+    for (uint32_t i = 0; i < SCENE_N_SHAPES; i++)
         for (int is_random = 0; is_random < 2; is_random++) {
             struct scene_options options = {
-                .shape = shapes[i],
+                .shape = scene_shapes[i],
                 .segment_tokens = 128,
                 .n_sinks = i % 2 ? 16 : 64,
                 .n_sessions = 5,
@@ -192,48 +162,31 @@ static void test_gpu_whole__as_ref(void)
             };
             if (scene_is_small() && (!is_random || i > 2))
                 continue;
-            scene_open(&options);
-            struct winnow_gpu *gpu =
-                scene_put(&scene, device, &(struct scene_gpu_options){.n_slots = 512});
+            scene_open(&scene, &options);
+            struct winnow_gpu *gpu = scene_put(&scene, &(struct scene_gpu_options){.n_slots = 512});
             scene_check(gpu);
             api->destroy(gpu);
-            scene_close();
+            scene_close(&scene);
         }
     printf("   largest error over its tolerance: out %.3f, lse %.3f\n", out_error, lse_error);
 }
 
-/* Real keys, values and queries: segments of 1,024 tokens, a tail of 1,008. */
+/* Real keys, values and queries. */
 static void test_gpu_whole__traces_as_ref(void)
 {
-    struct winnow_trace_list list;
-    struct winnow_trace trace[8];
-    struct scene_options options = {
-        .shape = SHAPE(0, 3, 1, 64, 64, WINNOW_FP16, WINNOW_FP32),
-        .segment_tokens = 1024,
-        .n_sinks = 16,
-        .n_sessions = 1,
-        .n_segments = {7},
-        .n_tail = {1008},
-        .trace = trace,
-    };
+    static struct scene_traces traces;
 
     out_error = lse_error = 0;
-    CHECK_EQ(winnow_trace_list_open("tests/golden/traces", &list), 0);
-    for (uint32_t i = 0; i < list.n_paths && i < 8; i++, options.shape.n_layers++)
-        CHECK_EQ(winnow_trace_open(list.path[i], &trace[i]), 0);
-    scene_open(&options);
-    struct winnow_gpu *gpu = scene_put(&scene, device, &(struct scene_gpu_options){.n_slots = 96});
+    scene_open_traces(&scene, &traces);
+    struct winnow_gpu *gpu = scene_put(&scene, &(struct scene_gpu_options){.n_slots = 96});
     scene_check(gpu);
     api->destroy(gpu);
-    scene_close();
-    for (uint32_t i = 0; i < options.shape.n_layers; i++)
-        winnow_trace_close(&trace[i]);
-    winnow_trace_list_close(&list);
+    scene_close_traces(&scene, &traces);
     printf("   largest error over its tolerance: out %.3f, lse %.3f\n", out_error, lse_error);
 }
 
 static const struct scene_options crowd = {
-    .shape = SHAPE(2, 8, 2, 128, 64, WINNOW_BF16, WINNOW_FP16),
+    .shape = SCENE_SHAPE(2, 8, 2, 128, 64, WINNOW_BF16, WINNOW_FP16),
     .segment_tokens = 128,
     .n_sinks = 16,
     .n_sessions = 16,
@@ -251,9 +204,9 @@ static void test_gpu_whole__same_bits(void)
     static struct scene_item first[SCENE_SESSIONS_MAX], items[SCENE_SESSIONS_MAX];
     struct winnow_gpu_counters before, after;
 
-    scene_open(&crowd);
+    scene_open(&scene, &crowd);
     for (size_t i = 0; i < sizeof of_gpu / sizeof of_gpu[0]; i++) {
-        struct winnow_gpu *gpu = scene_put(&scene, device, &of_gpu[i]);
+        struct winnow_gpu *gpu = scene_put(&scene, &of_gpu[i]);
         for (uint32_t run = 0; run < (scene_is_small() ? 3 : 12); run++) {
             uint32_t step = run % 3 == 0 ? 16 : run % 3 == 1 ? 5 : 1, n_device = 0;
             struct scene_item *now = i == 0 && run == 0 ? first : items;
@@ -284,7 +237,7 @@ static void test_gpu_whole__same_bits(void)
     }
     for (uint32_t s = 0; s < 16; s++)
         scene_item_finish(&scene, &first[s]);
-    scene_close();
+    scene_close(&scene);
 }
 
 /* Sparse steps find all that they would find without whole reads between them, in a cache that those
@@ -297,10 +250,9 @@ static void test_gpu_whole__evicts_nothing(void)
 
     options.n_sessions = 1;
     options.n_segments[0] = 30;
-    scene_open(&options);
+    scene_open(&scene, &options);
     for (int with_whole = 0; with_whole < 2; with_whole++) {
-        struct winnow_gpu *gpu =
-            scene_put(&scene, device, &(struct scene_gpu_options){.n_slots = 512});
+        struct winnow_gpu *gpu = scene_put(&scene, &(struct scene_gpu_options){.n_slots = 512});
         for (uint32_t i = 0; i < 4; i++) {
             scene_item_init(&scene, &item, 0, 0, i % 3, 0.99f);
             item.item.n_blocks_max = 16; /* of 240; 256 slots hold the steps' 96 at most */
@@ -319,7 +271,7 @@ static void test_gpu_whole__evicts_nothing(void)
         api->destroy(gpu);
     }
     CHECK(n_host[0][0] == 32 && n_host[0][1] > 0 && n_host[0][3] == 0);
-    scene_close();
+    scene_close(&scene);
 }
 
 /* Whom the next step drives out is decided by sparse steps alone: session 1, used before session 0,
@@ -330,7 +282,7 @@ static void test_gpu_whole__renews_no_stamp(void)
         uint32_t session, budget, n_host; /* budget 0: whole */
     } steps[] = {{0, 3, 3}, {1, 3, 3}, {0, 3, 0}, {0, 0, 69}, {1, 0, 69}, {2, 4, 4}, {0, 3, 0}};
     struct scene_options options = {
-        .shape = SHAPE(1, 2, 1, 64, 64, WINNOW_FP16, WINNOW_FP32),
+        .shape = SCENE_SHAPE(1, 2, 1, 64, 64, WINNOW_FP16, WINNOW_FP32),
         .segment_tokens = 128,
         .n_sinks = 16,
         .n_sessions = 3,
@@ -340,8 +292,8 @@ static void test_gpu_whole__renews_no_stamp(void)
     };
     static struct scene_item item;
 
-    scene_open(&options);
-    struct winnow_gpu *gpu = scene_put(&scene, device, &(struct scene_gpu_options){.n_slots = 8});
+    scene_open(&scene, &options);
+    struct winnow_gpu *gpu = scene_put(&scene, &(struct scene_gpu_options){.n_slots = 8});
     for (size_t i = 0; i < sizeof steps / sizeof steps[0]; i++) {
         scene_item_init(&scene, &item, steps[i].session, 0, 0, steps[i].budget ? 0.9999f : 1);
         item.item.n_blocks_max = steps[i].budget;
@@ -351,7 +303,7 @@ static void test_gpu_whole__renews_no_stamp(void)
         scene_item_finish(&scene, &item);
     }
     api->destroy(gpu);
-    scene_close();
+    scene_close(&scene);
 }
 
 /* What is on disk is left out, the certificate is 0, and all that is in no slot is named; with homes
@@ -363,10 +315,10 @@ static void test_gpu_whole__disk_blocks_are_named(void)
     uint32_t n_disk = 0;
 
     options.n_sessions = 1;
-    scene_open(&options);
-    struct winnow_gpu *a = scene_put(&scene, device, &(struct scene_gpu_options){.n_slots = 64});
+    scene_open(&scene, &options);
+    struct winnow_gpu *a = scene_put(&scene, &(struct scene_gpu_options){.n_slots = 64});
     struct winnow_gpu *b =
-        scene_put(&scene, device, &(struct scene_gpu_options){.n_slots = 64, .disk_every = 5});
+        scene_put(&scene, &(struct scene_gpu_options){.n_slots = 64, .disk_every = 5});
     scene_item_init(&scene, &all, 0, 1, 3, 1);
     scene_decode(&scene, a, 1, &all);
     certificate_check(&all);
@@ -400,7 +352,7 @@ static void test_gpu_whole__disk_blocks_are_named(void)
     scene_item_finish(&scene, &all);
     api->destroy(a);
     api->destroy(b);
-    scene_close();
+    scene_close(&scene);
 }
 
 /* A launch is whole or sparse, and a whole item has no budget. */
@@ -410,8 +362,8 @@ static void test_gpu_whole__refuses_a_mixture(void)
     static struct scene_item items[2];
 
     options.n_sessions = 2;
-    scene_open(&options);
-    struct winnow_gpu *gpu = scene_put(&scene, device, &(struct scene_gpu_options){.n_slots = 64});
+    scene_open(&scene, &options);
+    struct winnow_gpu *gpu = scene_put(&scene, &(struct scene_gpu_options){.n_slots = 64});
     for (uint32_t first = 0; first < 2; first++) {
         struct winnow_gpu_item list[2];
         for (uint32_t s = 0; s < 2; s++) {
@@ -425,7 +377,7 @@ static void test_gpu_whole__refuses_a_mixture(void)
             scene_item_finish(&scene, &items[s]);
     }
     api->destroy(gpu);
-    scene_close();
+    scene_close(&scene);
 }
 
 int main(int argc, char **argv)

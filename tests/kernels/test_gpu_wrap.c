@@ -1,12 +1,11 @@
 /* The cache's stamps around their end, 2^31 launches on: holds the library's objects itself, to be
  * there at once. */
-#include "gpu_scene.h"
+#include "gpu_item.h"
 
 #include <kernels/cuda/state.h>
 
 enum { N_SLOTS = 8, BUDGET = 3, BUDGET_OTHER = 4 }; /* one window: who looks for a slot sees all */
 
-static struct winnow_gpu_device *device;
 static struct scene scene;
 
 /* The next launch is number n + 1, as if n had been taken. */
@@ -34,12 +33,11 @@ static void test_gpu_wrap__longest_unused_goes(void)
     struct winnow_gpu_counters counters;
     static struct scene_item item, expected[3];
 
-    struct winnow_gpu *none = scene_put(&scene, device, &(struct scene_gpu_options){.n_slots = 0});
+    struct winnow_gpu *none = scene_put(&scene, &(struct scene_gpu_options){.n_slots = 0});
     for (uint32_t s = 0; s < 3; s++)
         session_decode(none, &expected[s], s);
     for (int64_t before = 0; before < 7; before++) {
-        struct winnow_gpu *gpu =
-            scene_put(&scene, device, &(struct scene_gpu_options){.n_slots = N_SLOTS});
+        struct winnow_gpu *gpu = scene_put(&scene, &(struct scene_gpu_options){.n_slots = N_SLOTS});
         launches_skip(gpu, (INT64_C(1) << 31) - before);
         for (uint32_t i = 0; i < 6; i++) {
             session_decode(gpu, &item, order[i]);
@@ -62,8 +60,7 @@ static void test_gpu_wrap__longest_unused_goes(void)
 static void test_gpu_wrap__two_are_out(void)
 {
     static struct scene_item items[2], expected[2];
-    struct winnow_gpu *gpu =
-        scene_put(&scene, device, &(struct scene_gpu_options){.n_slots = N_SLOTS});
+    struct winnow_gpu *gpu = scene_put(&scene, &(struct scene_gpu_options){.n_slots = N_SLOTS});
 
     for (uint32_t s = 0; s < 2; s++)
         session_decode(gpu, &expected[s], s);
@@ -91,7 +88,7 @@ static void test_gpu_wrap__two_are_out(void)
 int main(int argc, char **argv)
 {
     struct scene_options options = {
-        .shape = {1, 2, 1, 64, 64, 1, WINNOW_FP16, WINNOW_FP32, WINNOW_BLOCK_FRAGMENTS},
+        .shape = SCENE_SHAPE(1, 2, 1, 64, 64, WINNOW_FP16, WINNOW_FP32),
         .segment_tokens = 128,
         .n_sinks = 16,
         .n_sessions = 3,
@@ -107,12 +104,9 @@ int main(int argc, char **argv)
         TEST_SKIP("no cuda device");
     }
     options.seed = test_seed();
-    scene_init(&scene, &options);
-    if (api->open(0, UINT64_C(1) << 30, scene.arena, scene.arena_bytes, &device, text) < 0)
-        test_fail(__FILE__, __LINE__, text);
+    scene_open(&scene, &options);
     TEST_RUN(test_gpu_wrap__longest_unused_goes);
     TEST_RUN(test_gpu_wrap__two_are_out);
-    api->close(device);
-    scene_finish(&scene);
+    scene_close(&scene);
     return TEST_END();
 }

@@ -439,3 +439,38 @@ static const struct winnow_model_shape scene_shapes[] = {
     SCENE_SHAPE(1, 15, 1, 192, 192, WINNOW_BF16, WINNOW_FP32),
 };
 enum { SCENE_N_SHAPES = sizeof scene_shapes / sizeof scene_shapes[0] };
+
+/* 256 sessions, none as long as its neighbour: most of a few segments, two of many, some of none. */
+static inline struct scene_options scene_options_many(void)
+{
+    struct scene_options options = {
+        .shape = SCENE_SHAPE(1, 8, 2, 64, 64, WINNOW_FP16, WINNOW_FP16),
+        .segment_tokens = 128,
+        .n_sinks = 16,
+        .n_sessions = 256,
+        .seed = test_seed(),
+    };
+
+    for (uint32_t s = 0; s < options.n_sessions; s++) {
+        options.n_segments[s] = s % 9;
+        options.n_tail[s] = 1 + s * 37 % 600;
+    }
+    options.n_segments[77] = 64;
+    options.n_segments[200] = 200;
+    return options;
+}
+
+/* One session of 1,048,576 tokens, of which a query likes few. */
+static inline struct scene_options scene_options_million(void)
+{
+    return (struct scene_options){
+        .shape = SCENE_SHAPE(1, 4, 1, 64, 64, WINNOW_BF16, WINNOW_FP32),
+        .segment_tokens = 1024,
+        .n_sinks = 16,
+        .n_sessions = 1,
+        .n_segments = {1023},
+        .n_tail = {1008},
+        .input = INPUT_NEEDLE,
+        .seed = test_seed(),
+    };
+}

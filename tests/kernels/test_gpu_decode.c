@@ -62,6 +62,53 @@ static void test_gpu_decode__traces_as_ref(void)
     scene_close_traces(&scene, &traces);
 }
 
+/* 256 sessions of different lengths in one launch: each has the bits that it has alone. */
+static void test_gpu_decode__256_sessions(void)
+{
+    static struct scene_item many[SCENE_SESSIONS_MAX], alone;
+    struct scene_options options = scene_options_many();
+
+    scene_open(&scene, &options);
+    struct winnow_gpu *gpu = scene_put(&scene, &(struct scene_gpu_options){.n_slots = 4096});
+    for (uint32_t s = 0; s < options.n_sessions; s++)
+        scene_item_init(&scene, &many[s], s, 0, s % SCENE_QUERIES, 0.9f);
+    scene_decode(&scene, gpu, options.n_sessions, many);
+    for (uint32_t s = 0; s < options.n_sessions; s++) {
+        scene_item_init(&scene, &alone, s, 0, s % SCENE_QUERIES, 0.9f);
+        scene_decode(&scene, gpu, 1, &alone);
+        scene_same(&scene, &many[s], &alone);
+        scene_item_finish(&scene, &alone);
+        scene_item_finish(&scene, &many[s]);
+    }
+    api->destroy(gpu);
+    scene_close(&scene);
+}
+
+/* A session of 1,048,576 tokens as ref, and with the same bits from a cache that holds nothing. */
+static void test_gpu_decode__a_million_tokens(void)
+{
+    static struct scene_item first, again;
+    struct scene_options options = scene_options_million();
+
+    scene_open(&scene, &options);
+    CHECK_EQ(scene_n_tokens(&scene, 0), 1 << 20);
+    for (uint32_t i = 0; i < 2; i++) {
+        struct winnow_gpu *gpu =
+            scene_put(&scene, &(struct scene_gpu_options){.n_slots = i == 0 ? 16384 : 0});
+        scene_item_init(&scene, i == 0 ? &first : &again, 0, 0, 1, 0.9f);
+        scene_decode(&scene, gpu, 1, i == 0 ? &first : &again);
+        api->destroy(gpu);
+    }
+    item_check(&first, 0, 1);
+    scene_same(&scene, &first, &again);
+    printf("   %u of %u blocks read\n",
+           first.certificate.n_blocks_device + first.certificate.n_blocks_host,
+           options.n_segments[0] * scene.span);
+    scene_item_finish(&scene, &first);
+    scene_item_finish(&scene, &again);
+    scene_close(&scene);
+}
+
 /* A query or token that is not finite fails its item alone: NaN, EDOM. */
 static void test_gpu_decode__not_finite_fails_one(void)
 {
@@ -226,6 +273,8 @@ int main(int argc, char **argv)
     scene_api_init(argc, argv);
     TEST_RUN(test_gpu_decode__as_ref);
     TEST_RUN(test_gpu_decode__traces_as_ref);
+    TEST_RUN(test_gpu_decode__256_sessions);
+    TEST_RUN(test_gpu_decode__a_million_tokens);
     TEST_RUN(test_gpu_decode__not_finite_fails_one);
     TEST_RUN(test_gpu_decode__second_round_reads_more);
     TEST_RUN(test_gpu_decode__budget_holds);

@@ -185,6 +185,28 @@ static void test_gpu_whole__traces_as_ref(void)
     printf("   largest error over its tolerance: out %.3f, lse %.3f\n", out_error, lse_error);
 }
 
+/* 256 sessions of different lengths in one launch, as ref; and one of 1,048,576 tokens. */
+static void test_gpu_whole__256_sessions_a_million_tokens(void)
+{
+    for (uint32_t i = 0; i < 2; i++) {
+        struct scene_options options = i == 0 ? scene_options_many() : scene_options_million();
+        out_error = lse_error = 0;
+        scene_open(&scene, &options);
+        struct winnow_gpu *gpu = scene_put(&scene, &(struct scene_gpu_options){.n_slots = 4096});
+        static struct scene_item items[SCENE_SESSIONS_MAX];
+        for (uint32_t s = 0; s < options.n_sessions; s++)
+            scene_item_init(&scene, &items[s], s, 0, s % SCENE_QUERIES, 1);
+        scene_decode(&scene, gpu, options.n_sessions, items);
+        for (uint32_t s = 0; s < options.n_sessions; s++) {
+            item_check(&items[s], s % SCENE_QUERIES);
+            scene_item_finish(&scene, &items[s]);
+        }
+        api->destroy(gpu);
+        scene_close(&scene);
+        printf("   largest error over its tolerance: out %.3f, lse %.3f\n", out_error, lse_error);
+    }
+}
+
 static const struct scene_options crowd = {
     .shape = SCENE_SHAPE(2, 8, 2, 128, 64, WINNOW_BF16, WINNOW_FP16),
     .segment_tokens = 128,
@@ -390,5 +412,6 @@ int main(int argc, char **argv)
     TEST_RUN(test_gpu_whole__same_bits);
     TEST_RUN(test_gpu_whole__as_ref);
     TEST_RUN(test_gpu_whole__traces_as_ref);
+    TEST_RUN(test_gpu_whole__256_sessions_a_million_tokens);
     return TEST_END();
 }

@@ -224,28 +224,31 @@ static void test_gpu_whole__same_bits(void)
     static const struct scene_gpu_options of_gpu[] = {
         {.n_slots = 4096, .n_fetchers = 32}, {.n_slots = 0}, {.n_slots = 64, .n_fetchers = 2}};
     static struct scene_item first[SCENE_SESSIONS_MAX], items[SCENE_SESSIONS_MAX];
+    struct scene_options options = crowd;
+    uint32_t n = scene_is_small() ? 4 : options.n_sessions;
     struct winnow_gpu_counters before, after;
 
-    scene_open(&scene, &crowd);
+    options.n_sessions = n;
+    scene_open(&scene, &options);
     for (size_t i = 0; i < sizeof of_gpu / sizeof of_gpu[0]; i++) {
         struct winnow_gpu *gpu = scene_put(&scene, &of_gpu[i]);
         for (uint32_t run = 0; run < (scene_is_small() ? 3 : 12); run++) {
-            uint32_t step = run % 3 == 0 ? 16 : run % 3 == 1 ? 5 : 1, n_device = 0;
+            uint32_t step = run % 3 == 0 ? n : run % 3 == 1 ? 3 : 1, n_device = 0;
             struct scene_item *now = i == 0 && run == 0 ? first : items;
-            for (uint32_t s = 0; s < 16; s++) /* run 0 finds an empty cache */
+            for (uint32_t s = 0; s < n; s++) /* run 0 finds an empty cache */
                 scene_item_init(&scene, &items[s], s, 1, run % 4, 0.9f);
             if (run > 0)
-                scene_decode(&scene, gpu, 16, items);
-            for (uint32_t s = 0; s < 16; s++)
+                scene_decode(&scene, gpu, n, items);
+            for (uint32_t s = 0; s < n; s++)
                 scene_item_finish(&scene, &items[s]);
-            for (uint32_t s = 0; s < 16; s++)
+            for (uint32_t s = 0; s < n; s++)
                 scene_item_init(&scene, &now[s], s, 1, 0, 1);
             CHECK_EQ(api->counters(gpu, 1, &before), 0);
-            for (uint32_t s = 0; s < 16; s += step)
-                scene_decode(&scene, gpu, 16 - s < step ? 16 - s : step, now + s);
+            for (uint32_t s = 0; s < n; s += step)
+                scene_decode(&scene, gpu, n - s < step ? n - s : step, now + s);
             CHECK_EQ(api->counters(gpu, 1, &after), 0);
             CHECK(!memcmp(&before, &after, sizeof before));
-            for (uint32_t s = 0; s < 16; s++) {
+            for (uint32_t s = 0; s < n; s++) {
                 certificate_check(&now[s]);
                 n_device += now[s].certificate.n_blocks_device;
                 if (now == first)
@@ -257,7 +260,7 @@ static void test_gpu_whole__same_bits(void)
         }
         api->destroy(gpu);
     }
-    for (uint32_t s = 0; s < 16; s++)
+    for (uint32_t s = 0; s < n; s++)
         scene_item_finish(&scene, &first[s]);
     scene_close(&scene);
 }

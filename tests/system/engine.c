@@ -336,6 +336,18 @@ int engine_decode(struct engine *engine, struct engine_step *step)
     return rc;
 }
 
+uint64_t engine_converse(struct engine *engine, uint32_t n_tokens, uint32_t n_steps)
+{
+    uint64_t hash = 0;
+
+    while (engine->n_tokens < n_tokens)
+        ENGINE_OK(engine_window(engine, 500, NULL));
+    for (uint32_t i = 0; i < n_steps; i++)
+        ENGINE_OK(
+            engine_decode(engine, &(struct engine_step){.mass = i % 10 ? 0.9F : 1, .hash = &hash}));
+    return hash;
+}
+
 int engine_resend(struct engine *engine)
 {
     uint32_t n_tokens = engine->n_tokens;

@@ -57,6 +57,10 @@ struct engine_step {
 };
 int engine_decode(struct engine *engine, struct engine_step *step);
 
+/* Windows until the context has n_tokens, then n_steps decode steps, one in ten exact and the others
+ * at .9; the hash of the steps' bits. An error ends the test. */
+uint64_t engine_converse(struct engine *engine, uint32_t n_tokens, uint32_t n_steps);
+
 /* Sends all tokens again, into a session that is new and empty. */
 int engine_resend(struct engine *engine);
 /* Truncates context and bookkeeping. */

@@ -55,11 +55,7 @@ static struct result run(const char *gpu, const char *fails_after, const char *s
     daemon.env[1] = fails_after;
     daemon_start(&daemon);
     engine_open(&engine, daemon.socket, &model, 5, N_TOKENS + N_STEPS, NULL);
-    while (engine.n_tokens < N_TOKENS)
-        ENGINE_OK(engine_window(&engine, 500, NULL));
-    for (uint32_t i = 0; i < N_STEPS; i++)
-        ENGINE_OK(engine_decode(
-            &engine, &(struct engine_step){.mass = i % 10 ? 0.9F : 1, .hash = &result.steps}));
+    result.steps = engine_converse(&engine, N_TOKENS, N_STEPS);
     result.windows = engine.hash_windows;
     result.stats = (winnow_stats)WINNOW_STATS;
     ENGINE_OK(winnow_stats_get(engine.client, NULL, &result.stats, 0));

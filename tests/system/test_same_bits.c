@@ -25,11 +25,7 @@ static struct result run(const char *io_method, const char *pool, const char *n_
     daemon_init(&daemon, args);
     daemon_start(&daemon);
     engine_open(&engine, daemon.socket, &model, 3, N_TOKENS + N_STEPS, NULL);
-    while (engine.n_tokens < N_TOKENS)
-        ENGINE_OK(engine_window(&engine, 500, NULL));
-    for (uint32_t i = 0; i < N_STEPS; i++)
-        ENGINE_OK(engine_decode(
-            &engine, &(struct engine_step){.mass = i % 10 ? 0.9F : 1, .hash = &result.steps}));
+    result.steps = engine_converse(&engine, N_TOKENS, N_STEPS);
     result.windows = engine.hash_windows;
     ENGINE_OK(winnow_stats_get(engine.client, NULL, &result.stats, 0));
     engine_close(&engine);

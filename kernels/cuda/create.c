@@ -191,10 +191,9 @@ int winnow_gpu_create(struct winnow_gpu_device *device, const struct winnow_gpu_
         winnow_gpu_destroy(gpu);
         return rc == -EOVERFLOW ? -EINVAL : rc;
     }
-    gpu->n_session_segments =
-        winnow_alloc_array(options->n_sessions_max, sizeof *gpu->n_session_segments);
+    gpu->session = winnow_alloc_array(options->n_sessions_max, sizeof *gpu->session);
     gpu->memory = winnow_gpu_device_take(device, gpu->layout.n_bytes);
-    if (!gpu->memory || !gpu->n_session_segments) {
+    if (!gpu->memory || !gpu->session) {
         snprintf(text, 256,
                  "a model needs %.2f GiB of GPU memory, %.2f are left in one piece. hint: "
                  "raise gpu_memory, or open fewer sessions",
@@ -250,6 +249,6 @@ void winnow_gpu_destroy(struct winnow_gpu *gpu)
     cudaGetLastError(); /* of a lost device each of these fails; the process's end frees it */
     if (gpu->memory)
         winnow_gpu_device_give(gpu->device, gpu->memory);
-    winnow_alloc_free(gpu->n_session_segments);
+    winnow_alloc_free(gpu->session);
     winnow_alloc_free(gpu);
 }

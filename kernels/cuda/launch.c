@@ -21,7 +21,7 @@ static bool item_is_valid(const struct winnow_gpu *gpu, const struct winnow_gpu_
 
     if (item->session >= options->n_sessions_max || item->layer >= options->shape.n_layers)
         return false;
-    if (item->n_segments > gpu->n_session_segments[item->session])
+    if (item->n_segments > gpu->session[item->session].n_segments)
         return false;
     if (item->n_segments > 0 && item->n_tokens < options->n_sinks + n_sealed)
         return false;
@@ -35,19 +35,20 @@ static bool item_is_valid(const struct winnow_gpu *gpu, const struct winnow_gpu_
 }
 
 /* A session at most once, all whole or none, and room for all lists. */
-static bool items_are_valid(const struct winnow_gpu *gpu, uint32_t n_items,
+static bool items_are_valid(struct winnow_gpu *gpu, uint32_t n_items,
                             const struct winnow_gpu_item *items)
 {
     uint64_t n_blocks = 0;
 
+    gpu->n_checks++;
     if (n_items == 0 || n_items > gpu->options.n_items_max)
         return false;
     for (uint32_t i = 0; i < n_items; i++) {
         if (!item_is_valid(gpu, &items[i]) || (items[i].mass == 1) != (items[0].mass == 1))
             return false;
-        for (uint32_t j = 0; j < i; j++)
-            if (items[j].session == items[i].session)
-                return false;
+        if (gpu->session[items[i].session].checked == gpu->n_checks)
+            return false;
+        gpu->session[items[i].session].checked = gpu->n_checks;
         n_blocks += (uint64_t)items[i].n_segments * gpu->layout.view.span_blocks;
     }
     return n_blocks <= gpu->options.n_launch_blocks_max;

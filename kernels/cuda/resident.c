@@ -135,7 +135,7 @@ int winnow_gpu_session_set(struct winnow_gpu *gpu, uint32_t session, uint32_t n_
     for (uint32_t i = 0; i < n_segments; i++)
         if (segment_slots[i] >= gpu->options.n_segments_max)
             return -EINVAL;
-    gpu->n_session_segments[session] = n_segments;
+    gpu->session[session].n_segments = n_segments;
     if (n_segments == 0)
         return 0;
     rc = staging_take(gpu, &staging);

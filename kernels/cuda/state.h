@@ -36,6 +36,11 @@ struct winnow_gpu_staging {
     cudaEvent_t event; /* of the last copy out of it */
 };
 
+struct winnow_gpu_session {
+    uint32_t n_segments; /* as session_set said */
+    uint64_t checked;    /* the last call of decode that named it */
+};
+
 struct winnow_gpu {
     struct winnow_gpu_device *device;
     struct winnow_gpu_options options;
@@ -49,8 +54,9 @@ struct winnow_gpu {
     uint64_t staging_bytes;
     uint32_t staging_idx;
     struct winnow_gpu_builder builder[WINNOW_GPU_BUILDS_MAX];
-    int64_t n_builds;             /* tickets given out */
-    uint32_t *n_session_segments; /* [n_sessions_max] as session_set said */
+    int64_t n_builds;                   /* tickets given out */
+    struct winnow_gpu_session *session; /* [n_sessions_max] */
+    uint64_t n_checks;                  /* calls of decode */
 };
 
 cudaError_t winnow_gpu_pinned_alloc(void *pointer, uint64_t n_bytes);

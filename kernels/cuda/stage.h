@@ -1,6 +1,6 @@
 /*
  * The stages of a decode step (view.h), each a kernel put into a stream. Nothing is allocated,
- * nothing waits. n_units, n_launch_blocks are upper bounds known to the host; a stage reads the
+ * nothing waits. n_units_max and n_blocks_max are upper bounds known to the host; a stage reads the
  * launch itself from device memory, so that a captured graph serves every launch of its bucket.
  * Errors: a cudaError_t, 0 is success.
  */

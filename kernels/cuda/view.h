@@ -141,11 +141,7 @@ WINNOW_GPU_ANYWHERE static inline uint32_t winnow_gpu_rank(uint32_t bits)
 }
 
 /* Scratch of a unit that is built: the scale of its keys, ranks and places of its tokens. */
-#ifdef __CUDACC__
-__host__ __device__
-#endif
-    static inline uint64_t
-    winnow_gpu_build_scratch_bytes(uint32_t n_blocks)
+WINNOW_GPU_ANYWHERE static inline uint64_t winnow_gpu_build_scratch_bytes(uint32_t n_blocks)
 {
     return 16 + UINT64_C(16) * n_blocks * (sizeof(uint32_t) + sizeof(uint16_t));
 }

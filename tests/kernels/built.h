@@ -1,7 +1,11 @@
 /*
  * What a build promises, held against ref/ on the same tokens: a permutation in blocks of 16, each
- * in order of position, whose summed variance is at most 1.01 times ref's; and an index that says
- * of its own blocks what ref would say of them.
+ * in order of position, whose summed variance is ref's but for chance; and an index that says of its
+ * own blocks what ref would say of them.
+ *
+ * Chance: where two halves part is decided by a rounding now and then, and all below it is another
+ * tree. Of 3,200 builds by ref of random topics, keys changed by 2^-12 of themselves, 30 had above
+ * 1.003 times the variance, 4 above 1.01, the worst 1.015; the average was 1.000.
  */
 #pragma once
 
@@ -20,6 +24,10 @@ struct built {
     const struct winnow_index_view *view; /* var may be NULL */
     bool is_ref_order;                    /* ties alone decide: ref's order, bit by bit */
 };
+
+/* Of all that was built: the sum of variances over ref's. */
+static double built_ratios;
+static uint32_t built_n_ratios;
 
 static inline void built_close(const struct built *built, const char *what, size_t i, double a,
                                double b, double tolerance)
@@ -148,6 +156,22 @@ static inline void built_codes_check(const struct built *built)
     }
 }
 
+/* A build may be unlucky, not many. */
+static inline void built_variance_check(const struct built *built, const uint16_t *ref_order)
+{
+    double variance = built_variance(built, built->order),
+           of_ref = built_variance(built, ref_order);
+
+    if (variance > 1.03 * of_ref + 1e-30)
+        built_close(built, "variance", 0, variance, of_ref, 0.03 * of_ref);
+    if (of_ref < 1e-30)
+        return;
+    built_ratios += variance / of_ref;
+    built_n_ratios++;
+    if (built_n_ratios >= 8)
+        CHECK(built_ratios / built_n_ratios < 1.005);
+}
+
 static inline void built_check(const struct built *built)
 {
     const struct winnow_kernels *ref = winnow_kernels_ref();
@@ -160,10 +184,7 @@ static inline void built_check(const struct built *built)
     CHECK_EQ(ref->build(built->shape, built->n_blocks, built->k, built->v, order, &view, scratch),
              0);
     built_order_check(built);
-    double variance = built_variance(built, order);
-    if (built_variance(built, built->order) > 1.01 * variance + 1e-30)
-        built_close(built, "variance", 0, built_variance(built, built->order), variance,
-                    0.01 * variance);
+    built_variance_check(built, order);
     if (built->is_ref_order)
         CHECK(!memcmp(built->order, order, n_tokens * sizeof *order));
     winnow_ref_index_fill(built->shape, built->n_blocks, built->k, built->v, built->order, &view);

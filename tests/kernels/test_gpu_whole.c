@@ -141,8 +141,8 @@ static void scene_check(struct winnow_gpu *gpu)
         }
 }
 
-/* Every width, ratio and type, for contexts without a token beyond the new one, without a segment,
- * with a few, and with a tail that ends anywhere. */
+/* Every width, ratio and type, for contexts of 16 tokens and more: without a segment, with a few, and
+ * with a tail that ends anywhere. */
 static void test_gpu_whole__as_ref(void)
 {
     static const enum kernel_input other[] = {INPUT_EQUAL, INPUT_STEPS, INPUT_TINY};
@@ -156,7 +156,7 @@ static void test_gpu_whole__as_ref(void)
                 .n_sinks = i % 2 ? 16 : 64,
                 .n_sessions = 5,
                 .n_segments = {0, 1, 4, 19, 0},
-                .n_tail = {1, 40, 128, 639, 300},
+                .n_tail = {i % 2 ? 0 : 1, 40, 128, 639, 300},
                 .input = is_random ? INPUT_RANDOM : other[(test_seed() + i) % 3],
                 .seed = test_seed() + 100 * i,
             };
@@ -290,7 +290,8 @@ static void test_gpu_whole__evicts_nothing(void)
             scene_item_init(&scene, &whole, 0, 0, i, 1);
             scene_decode(&scene, gpu, 1, &whole);
             certificate_check(&whole);
-            CHECK(whole.certificate.n_blocks_device >= (i == 0 ? 32 : 200));
+            /* more than all sparse steps put there: which tries for a slot fail is chance */
+            CHECK(whole.certificate.n_blocks_device >= (i == 0 ? 32 : 97));
             scene_item_finish(&scene, &whole);
         }
         api->destroy(gpu);

@@ -1,5 +1,5 @@
 /*
- * Times of begin, tail, attend and more in the shape of Llama-3.1-8B (8 KV heads, G 4, d 128, bf16),
+ * Times of tail, attend and more in the shape of Llama-3.1-8B (8 KV heads, G 4, d 128, bf16),
  * beside what bounds a launch that misses blocks: the copy engine, and a gather alone. What bounds
  * one that hits is dense attention (layer.cu).
  *
@@ -299,6 +299,7 @@ bench bench_init(const setup &of)
     fill_bf16<<<1024, 256>>>((__nv_bfloat16 *)view.tails, of.batch * view.session_bytes / 2, 3);
     fill_bf16<<<1024, 256>>>((__nv_bfloat16 *)view.slots,
                              (size_t)LAYERS * view.n_slots_layer * BLOCK / 2, 4);
+    ok(winnow_gpu_tail_prepare(&view), "tail");
     ok(winnow_gpu_attend_prepare(&view), "attend");
     ok(winnow_gpu_more_prepare(&view), "more");
     for (uint32_t l = 0; l < LAYERS; l++) {
@@ -308,6 +309,7 @@ bench bench_init(const setup &of)
         one.view.q_fragment =
             zeroed<uint32_t>((size_t)b.n_units * winnow_gpu_q_fragment_words(&view));
         one.view.unit = zeroed<winnow_gpu_unit>(b.n_units);
+        one.view.unit_tally = zeroed<winnow_gpu_unit_tally>(b.n_units);
         one.view.queue = zeroed<winnow_gpu_queue>(2);
         size_t n = (size_t)b.n_units * b.n_blocks;
         one.view.ln_e = zeroed<float>(n * G);
@@ -322,17 +324,15 @@ bench bench_init(const setup &of)
     return b;
 }
 
-enum { BEGIN = 1, TAIL = 2, PLANT = 4, ATTEND = 8, MORE = 16 };
+enum { TAIL = 1, PLANT = 2, ATTEND = 4, MORE = 8 };
 
 /* Microseconds a layer. */
 double stages_time(const bench &b, uint32_t stages)
 {
     auto put = [&] {
         for (const layer &one : b.layers) {
-            if (stages & BEGIN)
-                ok(winnow_gpu_stage_begin(&one.view, &b.grid, card.watch.stream), "begin");
             if (stages & TAIL)
-                ok(winnow_gpu_stage_tail(&one.view, &b.grid, card.watch.stream), "tail");
+                ok(winnow_gpu_stage_tail_first(&one.view, &b.grid, card.watch.stream), "tail");
             if (stages & PLANT)
                 plant<<<64, 256, 0, card.watch.stream>>>(one.p);
             if (stages & ATTEND)
@@ -365,8 +365,7 @@ double part_time(setup of, uint32_t parts)
 {
     of.parts = parts;
     bench b = bench_init(of);
-    double us =
-        stages_time(b, BEGIN | TAIL | PLANT | ATTEND) - stages_time(b, BEGIN | TAIL | PLANT);
+    double us = stages_time(b, TAIL | PLANT | ATTEND) - stages_time(b, TAIL | PLANT);
     all_free();
     return us;
 }
@@ -374,22 +373,21 @@ double part_time(setup of, uint32_t parts)
 void setup_run(const setup &of, const std::vector<uint32_t> &fetchers)
 {
     bench b = bench_init(of);
-    double plant_us = stages_time(b, PLANT), begin = stages_time(b, BEGIN | PLANT);
-    double tail = stages_time(b, BEGIN | TAIL | PLANT), attend = 0;
+    double plant_us = stages_time(b, PLANT), tail = stages_time(b, TAIL | PLANT), attend = 0;
     double n_host = (double)b.layers[0].p.queue.n_fetch * BLOCK;
 
-    printf("%4uK x %u, f %.3g %%, h %.2f: begin %.1f, tail %.1f, attend", of.n_tokens / 1024,
-           of.batch, of.f * 100, of.h, begin - plant_us, tail - begin);
+    printf("%4uK x %u, f %.3g %%, h %.2f: tail %.1f, attend", of.n_tokens / 1024, of.batch,
+           of.f * 100, of.h, tail - plant_us);
     for (uint32_t n : fetchers) {
         for (layer &one : b.layers)
             one.view.n_fetchers = n;
-        attend = stages_time(b, BEGIN | TAIL | PLANT | ATTEND);
+        attend = stages_time(b, TAIL | PLANT | ATTEND);
         printf(" %.1f", attend - tail);
         if (n_host == 0)
             break;
         printf(" (%u fetchers, link %.1f GB/s)", n, n_host / (attend - tail) / 1e3);
     }
-    printf(", more %.1f", stages_time(b, BEGIN | TAIL | PLANT | ATTEND | MORE) - attend);
+    printf(", more %.1f", stages_time(b, TAIL | PLANT | ATTEND | MORE) - attend);
     certificates_check(b);
     all_free();
     if (of.h == 1)

@@ -3,7 +3,9 @@
  * KV in device memory and beside the KV streamed from pinned memory. Shape of Llama-3.1-8B: 32 query
  * and 8 KV heads, d 128, bf16; 1,024 of the tokens are sinks and tail.
  *
- *   bench-gpu-layer [--quick]        CSV to stdout; bench/gpu/run makes tables of it
+ *   bench-gpu-layer [--quick | SIZE ..]   CSV to stdout; bench/gpu/run makes tables of it
+ *                                         SIZE: 128Kx8 alone, and only `layer` and `upto` at 2 %;
+ *                                         2Kx1: what a layer costs when there is nothing to do
  *
  * First the card's own rates. Then for every size, from graphs over several layers of rotated data
  * with the L2 cache flushed, medians of 7 to 101 replays:
@@ -31,7 +33,7 @@ constexpr size_t RESERVE_BYTES = (size_t)2 << 30; /* of device memory, for what 
 struct bench {
     uint8_t *arena;
     double budget_ms, read_rate, copy_rate; /* GB/s */
-    bool is_quick;
+    bool is_quick, is_brief;
 };
 
 struct row {
@@ -210,11 +212,25 @@ void layer_run(planted *p, const stopwatch &w, double share, double hits, const 
     print(r);
 }
 
-/* Time of the first n stages: the next row less this one is a stage's. */
+static __global__ void nothing_kernel()
+{
+}
+
+/* Time of the first n stages: the next row less this one is a stage's. The first row: what a step
+ * costs whose only kernel does nothing. */
 void stages_run(const planted &p, const stopwatch &w, double share, double hits)
 {
     const stack &s = p.s;
+    row launch = {"upto", s.n_tokens, s.batch, share, hits, s.n_layers, {}, 0, "launch"};
 
+    launch.time = graph_time(
+        w, s.n_layers,
+        [&] {
+            for (uint32_t l = 0; l < s.n_layers; l++)
+                nothing_kernel<<<s.grid.n_multiprocessors, 256, 0, s.gpu->stream>>>();
+        },
+        [] {});
+    print(launch);
     for (uint32_t n = 1; n <= STACK_N_STAGES; n++) {
         row r = {"upto", s.n_tokens, s.batch, share, hits, s.n_layers, {}, 0, ""};
         r.time = stack_time(s, w, n, [&] { planted_restore(p); });
@@ -334,14 +350,19 @@ void cell_run(const bench &b, const cell &c)
     planted_init(&p, c.n_tokens, c.batch, layers_that_fit(c), b.arena, N_ALIASES);
     stopwatch w = stopwatch_init(p.s.gpu->stream, b.budget_ms);
     for (double share : {0.01, 0.05, 0.02}) {
-        if (b.is_quick && share != 0.02)
+        if ((b.is_quick || b.is_brief) && share != 0.02)
             continue;
         planted_tune(&p, share);
         for (double hits : {0.0, 0.8, 0.95, 1.0, 0.9})
-            if (!b.is_quick || hits >= 0.9)
+            if (!(b.is_quick || b.is_brief) || hits >= 0.9)
                 layer_run(&p, w, share, hits, "layer");
     }
     stages_run(p, w, 0.02, 0.9);
+    if (b.is_brief) {
+        stopwatch_finish(&w);
+        planted_finish(&p);
+        return;
+    }
     peer_init(&rival, p);
     dense_run(b, &rival, &p, true);
     if (stack_kv_bytes(model_shape(1), c.n_tokens, c.batch) <= arena_bytes()) {
@@ -382,6 +403,25 @@ void fixed_run(const bench &b)
     planted_finish(&p);
 }
 
+/* One size by its name; false, and a line on stderr: there is none of that name. */
+template <size_t N> bool size_run(const bench &b, const char *name, const cell (&cells)[N])
+{
+    if (!strcmp(name, "2Kx1")) {
+        fixed_run(b);
+        return true;
+    }
+    for (const cell &c : cells) {
+        char text[32];
+        snprintf(text, sizeof text, "%uKx%u", c.n_tokens / 1024, c.batch);
+        if (strcmp(name, text))
+            continue;
+        cell_run(b, c);
+        return true;
+    }
+    fprintf(stderr, "%s: not measured\n", name);
+    return false;
+}
+
 } // namespace
 
 int main(int argc, char **argv)
@@ -393,9 +433,10 @@ int main(int argc, char **argv)
     int driver;
     bench b = {};
 
-    b.is_quick = argc > 1 && !strcmp(argv[1], "--quick");
-    if (argc > 2 || (argc > 1 && !b.is_quick)) {
-        fprintf(stderr, "usage: bench-gpu-layer [--quick]\n");
+    b.is_quick = argc == 2 && !strcmp(argv[1], "--quick");
+    b.is_brief = argc > 1 && !b.is_quick;
+    if (b.is_brief && argv[1][0] == '-') {
+        fprintf(stderr, "usage: bench-gpu-layer [--quick | SIZE ..]\n");
         return 64;
     }
     b.budget_ms = 50;
@@ -405,6 +446,11 @@ int main(int argc, char **argv)
     printf("card,0,0,0,0,0,0,0,0,%s; %d SMs; CUDA driver %d\n", prop.name, prop.multiProcessorCount,
            driver);
     b.arena = arena_make();
+    for (int i = 1; b.is_brief && i < argc; i++)
+        if (!size_run(b, argv[i], cells))
+            return 64;
+    if (b.is_brief)
+        return 0;
     rates_run(&b);
     gather_run(b);
     fixed_run(b);

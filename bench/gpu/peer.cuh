@@ -111,7 +111,7 @@ inline spread peer_dense_time(const peer &p, const stopwatch &w)
     return best;
 }
 
-/* The new token, which begin puts at the end of the tail: the last block of the stack's layer 0. */
+/* The new token, which tail puts at the end of the tail: the last block of the stack's layer 0. */
 inline void peer_token_copy(peer *p, const stack &s)
 {
     uint32_t n = p->d.n_blocks, n_sinks = p->view.n_sink_blocks, n_heads = p->view.n_kv_heads;

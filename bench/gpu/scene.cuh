@@ -1,6 +1,6 @@
 /*
  * What the benches of single stages share: the device memory that a decode step sees, filled by
- * hand, and the part of `begin` that scan and select rely on.
+ * hand, and the part of tail that select relies on.
  */
 #pragma once
 
@@ -58,6 +58,10 @@ inline void scene_init(scene *s, const scene_options &o)
     v->n_session_segments_max = o.n_session_segments_max;
     v->launch = device_alloc<winnow_gpu_launch>(1);
     v->unit = device_alloc<winnow_gpu_unit>(n_units);
+    v->tally = device_alloc<winnow_gpu_tally>(1);
+    v->unit_tally = device_alloc<winnow_gpu_unit_tally>(n_units);
+    ok(cudaMemset(v->tally, 0, sizeof(winnow_gpu_tally)), "clear");
+    ok(cudaMemset(v->unit_tally, 0, sizeof(winnow_gpu_unit_tally) * n_units), "clear");
     v->queue = device_alloc<winnow_gpu_queue>(2);
     v->ln_e = device_alloc<float>((size_t)o.n_blocks_max * o.n_group + 64);
     v->key = device_alloc<float>(o.n_blocks_max + 64);
@@ -77,10 +81,10 @@ inline void scene_init(scene *s, const scene_options &o)
 inline void scene_finish(scene *s)
 {
     winnow_gpu_view *v = &s->view;
-    void *owned[] = {v->index,    v->slot_word, v->hand,  v->counters, v->session_segments,
-                     v->launch,   v->unit,      v->queue, v->ln_e,     v->key,
-                     v->selected, v->listed,    v->fetch, v->ready,    v->waiting,
-                     s->ln_z};
+    void *owned[] = {v->index,    v->slot_word,  v->hand,  v->counters, v->session_segments,
+                     v->launch,   v->unit,       v->queue, v->ln_e,     v->key,
+                     v->selected, v->listed,     v->fetch, v->ready,    v->waiting,
+                     v->tally,    v->unit_tally, s->ln_z};
     for (void *memory : owned)
         ok(cudaFree(memory), "cudaFree");
     free(s->launch);
@@ -120,6 +124,8 @@ static __global__ void scene_begin_kernel(winnow_gpu_view view, const float *ln_
         return;
     for (uint32_t i = threadIdx.x; i < n; i += blockDim.x)
         ((uint32_t *)unit)[i] = 0;
+    if (threadIdx.x < view.n_group)
+        view.unit_tally[u].largest[threadIdx.x] = 0; /* of a scan without a select */
     __syncthreads();
     if (threadIdx.x < view.n_group)
         unit->ln_z[threadIdx.x] = ln_z[u * view.n_group + threadIdx.x];

@@ -32,8 +32,17 @@ __device__ inline void block_load(const winnow_gpu_view &view, const uint8_t *bl
         x.v[j] = load_if(j < n_v, at + 32 * (n_k + j));
 }
 
+/* Of a query that earlier kernels wrote, or (IS_OWN) this thread block, into shared memory. */
+template <bool IS_OWN, class T> __device__ inline T query_load(const T *at)
+{
+    if constexpr (IS_OWN)
+        return *at;
+    else
+        return __ldg(at);
+}
+
 /* A lane's logits of tokens r and r + 8 (token): raw products, unscaled. */
-template <class F>
+template <class F, bool IS_OWN = false>
 __device__ inline void block_products(const winnow_gpu_view &view, const block_registers<F> &x,
                                       const uint2 *q, float (&s)[2][F::PER_LANE])
 {
@@ -46,7 +55,7 @@ __device__ inline void block_products(const winnow_gpu_view &view, const block_r
         for (int part = 0; part < F::PARTS; part++) {
             uint2 b = {0, 0};
             if (j < n_tiles)
-                b = __ldg(q + (j * F::PARTS + part) * 32 + lane_id());
+                b = query_load<IS_OWN>(q + (j * F::PARTS + part) * 32 + lane_id());
             mma<F::DTYPE>(sum[j % 2][part / 2], x.k[j], b);
         }
 #pragma unroll
@@ -77,7 +86,7 @@ __device__ inline float tokens_sum(float x)
 }
 
 /* Logits to weights relative to the block's largest; every lane of a head gets its m and l. */
-template <class F>
+template <class F, bool IS_OWN = false>
 __device__ inline void block_weights(const float *logit_scale, uint32_t n_group, uint32_t n_tokens,
                                      float (&s)[2][F::PER_LANE], float (&m)[F::PER_LANE],
                                      float (&l)[F::PER_LANE])
@@ -87,7 +96,7 @@ __device__ inline void block_weights(const float *logit_scale, uint32_t n_group,
 #pragma unroll
     for (int i = 0; i < F::PER_LANE; i++) {
         uint32_t g = lane_head<F>(lane, i);
-        float scale = g < n_group ? __ldg(logit_scale + g) : 0.0f;
+        float scale = g < n_group ? query_load<IS_OWN>(logit_scale + g) : 0.0f;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float x = fminf(fmaxf(scale * s[half][i], -FLT_MAX), FLT_MAX);
@@ -161,16 +170,16 @@ __device__ inline void block_outputs(const winnow_gpu_view &view, const block_re
 }
 
 /* Attends the block in x; ln_m gets the ln of its mass, of the lane's heads. */
-template <class F>
-__device__ inline void block_attend(const winnow_gpu_view &view, const winnow_gpu_unit *unit,
+template <class F, bool IS_OWN = false>
+__device__ inline void block_attend(const winnow_gpu_view &view, const float *logit_scale,
                                     const uint2 *q, uint32_t n_tokens, block_registers<F> &x,
                                     group_memory<F> *memory, float (&ln_m)[F::PER_LANE])
 {
     uint32_t lane = lane_id(), warp = threadIdx.x / 32;
     float s[2][F::PER_LANE], m[F::PER_LANE], l[F::PER_LANE];
 
-    block_products<F>(view, x, q, s);
-    block_weights<F>(unit->logit_scale, view.n_group, n_tokens, s, m, l);
+    block_products<F, IS_OWN>(view, x, q, s);
+    block_weights<F, IS_OWN>(logit_scale, view.n_group, n_tokens, s, m, l);
     if (n_tokens < WINNOW_BLOCK_TOKENS)
         block_mask<F>(n_tokens, x);
     block_outputs<F>(view, x, s, memory->o[warp]);

@@ -78,6 +78,7 @@ static cudaError_t memory_clear(struct winnow_gpu *gpu)
 {
     const struct winnow_gpu_view *view = &gpu->layout.view;
     uint64_t n_slots = (uint64_t)view->n_slots_layer * view->n_layers;
+    uint64_t n_units = (uint64_t)gpu->options.n_items_max * view->n_kv_heads;
     cudaError_t error = cudaMemsetAsync(gpu->memory, 0xff, gpu->layout.n_bytes, gpu->stream);
 
     if (error == cudaSuccess && n_slots > 0)
@@ -86,6 +87,11 @@ static cudaError_t memory_clear(struct winnow_gpu *gpu)
         error = cudaMemsetAsync(view->hand, 0, view->n_layers * sizeof *view->hand, gpu->stream);
     if (error == cudaSuccess)
         error = cudaMemsetAsync(view->counters, 0, view->n_layers * sizeof *view->counters,
+                                gpu->stream);
+    if (error == cudaSuccess)
+        error = cudaMemsetAsync(view->tally, 0, sizeof *view->tally, gpu->stream);
+    if (error == cudaSuccess)
+        error = cudaMemsetAsync(view->unit_tally, 0, n_units * sizeof *view->unit_tally,
                                 gpu->stream);
     return error;
 }
@@ -96,15 +102,15 @@ typedef cudaError_t stage(const struct winnow_gpu_view *, const struct winnow_gp
 static cudaError_t stages_put(const struct winnow_gpu *gpu, const struct winnow_gpu_grid *grid,
                               bool is_whole)
 {
-    static stage *const stages[WINNOW_GPU_KINDS][6] = {
-        {winnow_gpu_stage_begin, winnow_gpu_stage_tail, winnow_gpu_stage_scan,
-         winnow_gpu_stage_select, winnow_gpu_stage_attend, winnow_gpu_stage_more},
-        {winnow_gpu_stage_begin, winnow_gpu_stage_tail, winnow_gpu_stage_whole,
+    static stage *const stages[WINNOW_GPU_KINDS][5] = {
+        {winnow_gpu_stage_scan, winnow_gpu_stage_tail, winnow_gpu_stage_select,
          winnow_gpu_stage_attend, winnow_gpu_stage_more},
+        {winnow_gpu_stage_tail_first, winnow_gpu_stage_whole, winnow_gpu_stage_attend,
+         winnow_gpu_stage_more},
     };
     cudaError_t error = cudaSuccess;
 
-    for (int i = 0; i < 6 && stages[is_whole][i] && error == cudaSuccess; i++)
+    for (int i = 0; i < 5 && stages[is_whole][i] && error == cudaSuccess; i++)
         error = stages[is_whole][i](&gpu->layout.view, grid, gpu->stream);
     return error;
 }

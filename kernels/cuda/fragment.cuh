@@ -26,6 +26,8 @@ template <int WIDTH_, int HEADS_, uint32_t DTYPE_> struct form {
     static constexpr int PER_LANE = HEADS_ / 4;                /* heads that a lane holds */
     /* Floats between the heads of a block's output in shared memory: writes meet no bank twice. */
     static constexpr int STRIDE = WIDTH_ + (HEADS_ == 4 ? 8 : 4);
+    /* Of tail, for its registers: a thread block fits beside the scan's (tail.cu). */
+    static constexpr int TAIL_THREADS = WIDTH_ <= 128 && HEADS_ <= 8 ? 320 : 256;
     static constexpr int BLOCKS_PER_SM = WIDTH_ == 256 || (WIDTH_ == 128 && HEADS_ == 16) ? 1 : 2;
 };
 

@@ -187,6 +187,8 @@ static void launch_areas(struct winnow_gpu_layout *layout, const struct winnow_g
     area_add(layout, &view->q_fragment,
              times(n_units, winnow_gpu_q_fragment_words(view) * sizeof *view->q_fragment), of);
     area_add(layout, &view->unit, times(n_units, sizeof *view->unit), of);
+    area_add(layout, &view->tally, sizeof *view->tally, of);
+    area_add(layout, &view->unit_tally, times(n_units, sizeof *view->unit_tally), of);
     area_add(layout, &view->queue, 2 * sizeof *view->queue, of);
     area_add(layout, &view->ln_e, times(n, view->n_group * sizeof *view->ln_e), of);
     area_add(layout, &view->key, times(n, sizeof *view->key), of);

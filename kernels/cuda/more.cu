@@ -153,8 +153,8 @@ cudaError_t winnow_gpu_more_prepare(const struct winnow_gpu_view *view)
 cudaError_t winnow_gpu_stages_prepare(const struct winnow_gpu_view *view)
 {
     cudaError_t (*const prepare[])(const struct winnow_gpu_view *) = {
-        winnow_gpu_scan_prepare, winnow_gpu_select_prepare, winnow_gpu_attend_prepare,
-        winnow_gpu_more_prepare};
+        winnow_gpu_scan_prepare, winnow_gpu_tail_prepare, winnow_gpu_select_prepare,
+        winnow_gpu_attend_prepare, winnow_gpu_more_prepare};
 
     for (auto one : prepare) {
         cudaError_t rc = one(view);

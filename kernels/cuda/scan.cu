@@ -18,7 +18,8 @@
  * record (sm_90; else cp.async). Thread blocks far apart share a run of records and take them one
  * by one, which evens out what the SMs get of memory (1 %); a run that spans many short units is
  * split evenly instead. Queries are asked for before the first records, behind which they would
- * wait 10 us, and what hangs on the launch alone is done before the kernel before has ended.
+ * wait 10 us. Nothing that a step writes is read here: scan is the step's first kernel, and tail runs
+ * beside it.
  *
  * Of the card's read ceiling the loads and stores alone reach 94 % at 128K x 8, with the arithmetic
  * 90 %. Writing ln_e costs 2.5 % of it, units spread over the index 1 %, the first and last records
@@ -127,9 +128,9 @@ __device__ __noinline__ uint32_t pass_begin(const winnow_gpu_view &view, scan_it
 /* Which records this warp takes: step i of its own, and then from a counter, or by the step. */
 struct scan_run {
     uint32_t first, step, end;
-    uint32_t *next; /* how many were taken from base on, which is behind the first slots of all
-                     * members and one more; NULL: by the step */
-    uint32_t base;
+    uint32_t *next;     /* how many were taken behind the first slots of all members and one more;
+                         * NULL: by the step. Back at 0 after the last */
+    uint32_t next_last; /* of them: every record but a warp's first takes another one */
 };
 
 template <int KT, int NT> struct scan_warp {
@@ -187,7 +188,7 @@ __device__ void largest_store(const winnow_gpu_view &view, const scan_memory<KT,
 {
     uint32_t i = threadIdx.x / (NT * 4), g = threadIdx.x % (NT * 4);
     if (i < memory.N_UNITS && g < view.n_group && memory.largest[i][g])
-        atomicMax((uint32_t *)&view.unit[memory.unit_first + i].largest[g], memory.largest[i][g]);
+        atomicMax(&view.unit_tally[memory.unit_first + i].largest[g], memory.largest[i][g]);
 }
 
 /* All records of a run that fall to this warp; its slots are empty before and after. */
@@ -206,8 +207,10 @@ __device__ void warp_scan(const winnow_gpu_view &view, const scan_run &run, uint
         record = warp->record[slot];
         if (record == NO_RECORD)
             break;
-        next = run.next && !is_first && threadIdx.x % 32 == 0 ? run.base + atomicAdd(run.next, 1)
-                                                              : next + run.step;
+        next = run.next && !is_first && threadIdx.x % 32 == 0
+                   ? run.end + depth * run.step - 1 - run.next_last +
+                         atomicInc(run.next, run.next_last)
+                   : next + run.step;
         while (record >= warp->memory->unit[unit].record_end)
             unit++;
         record_wait(warp->barrier + slot, warp->parity);
@@ -222,8 +225,6 @@ __device__ void warp_scan(const winnow_gpu_view &view, const scan_run &run, uint
             warp->slot_next = 0;
             warp->parity ^= 1;
         }
-        if (is_first)
-            earlier_kernels_wait();
         is_first = false;
 #pragma unroll
         for (int tile = 0; tile < NT; tile++) {
@@ -264,7 +265,6 @@ __device__ void pass_scan(const winnow_gpu_view &view, const scan_config &config
     __syncthreads();
     if (has_slots)
         warp_scan<KT, NT>(view, run, depth, warp);
-    earlier_kernels_wait();
     __syncthreads();
     largest_store<KT, NT>(view, *memory);
 }
@@ -295,13 +295,11 @@ __global__ void __launch_bounds__(32 * N_WARPS_MAX, 1)
     uint32_t n_each = n_records / gridDim.x, n_over = n_records % gridDim.x;
     uint32_t at = n_each * n_before + n_over * n_before / gridDim.x;
     uint32_t end = n_each * (n_before + n_members) + n_over * (n_before + n_members) / gridDim.x;
-    scan_run run = {at + warp_idx * n_members + member, config.n_warps * n_members, end,
-                    &view.queue[0].scan_next[run_idx],
-                    at + (n_slots + 1) * config.n_warps * n_members};
-    if (at >= end) {
-        earlier_kernels_wait();
+    uint32_t step = config.n_warps * n_members;
+    scan_run run = {at + warp_idx * n_members + member, step, end, &view.tally->scan_next[run_idx],
+                    end - at - step - 1};
+    if (at >= end)
         return;
-    }
 
     uint32_t pass_end = pass_begin(view, item, memory, at, end);
     bool is_split = pass_end < end;
@@ -392,8 +390,7 @@ cudaError_t winnow_gpu_scan_prepare(const struct winnow_gpu_view *view)
 
     if (rc != cudaSuccess)
         return rc;
-    return cudaFuncSetAttribute(version.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                (int)n_bytes);
+    return kernel_beside_prepare(version.function, n_bytes);
 }
 
 cudaError_t winnow_gpu_stage_scan(const struct winnow_gpu_view *view,
@@ -406,19 +403,10 @@ cudaError_t winnow_gpu_stage_scan(const struct winnow_gpu_view *view,
 
     if (rc != cudaSuccess)
         return rc;
-    uint32_t n_threads = 32 * config.n_warps;
     uint32_t n_runs = grid->n_multiprocessors / N_MEMBERS, n_runs_max = WINNOW_GPU_SCAN_RUNS_MAX;
     config.n_runs = n_runs < 1 ? 1 : n_runs > n_runs_max ? n_runs_max : n_runs;
-    uint32_t n_threads_min = WINNOW_GPU_ITEMS_MAX; /* pass_begin: one an item */
-    cudaLaunchAttribute attribute = {};
-    cudaLaunchConfig_t launch = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    launch.gridDim = dim3(grid->n_multiprocessors);
-    launch.blockDim = dim3(n_threads < n_threads_min ? n_threads_min : n_threads);
-    launch.dynamicSmemBytes = n_bytes;
-    launch.stream = stream;
-    launch.attrs = &attribute;
-    launch.numAttrs = 1;
-    return cudaLaunchKernelEx(&launch, version.function, *view, config);
+    uint32_t n_threads = 32 * config.n_warps, n_threads_min = WINNOW_GPU_ITEMS_MAX;
+    n_threads = n_threads < n_threads_min ? n_threads_min : n_threads; /* pass_begin: one an item */
+    version.function<<<grid->n_multiprocessors, n_threads, n_bytes, stream>>>(*view, config);
+    return cudaGetLastError();
 }

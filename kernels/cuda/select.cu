@@ -37,6 +37,7 @@ constexpr uint32_t KEPT_BYTES = 98304, KEPT_BYTES_SHORT = 8192; /* of shares */
 /* What a thread block works on. */
 struct part {
     winnow_gpu_unit *unit;
+    winnow_gpu_unit_tally *tally;
     uint32_t n_group, block_first;
     uint32_t first, n; /* of the unit's list: [first, first + n) */
     uint32_t n_kept;   /* of them whose shares are kept in shared memory */
@@ -140,6 +141,7 @@ __device__ void totals_finish(team team, const part &part, memory *memory)
         if (team.rank == 0) {
             part.unit->z[g] = z;
             part.unit->total[g] = total;
+            part.tally->largest[g] = 0; /* all have read it */
         }
     }
 #pragma unroll 1
@@ -171,7 +173,7 @@ __device__ void largest_find(const part &part, memory *memory)
         memory->key_smallest = ~0u;
     }
     if (g < part.n_group) {
-        uint32_t rank = __float_as_uint(part.unit->largest[g]);
+        uint32_t rank = part.tally->largest[g];
         memory->m[g] = rank_float(max(rank, float_rank(part.unit->ln_z[g])));
     }
     __syncthreads();
@@ -343,6 +345,7 @@ __device__ void part_find(const winnow_gpu_view &view, team *team, part *part, l
     list->block_first = launch->block_first[blockIdx.z] + blockIdx.y * n;
     list->n_segments = item.n_segments;
     part->unit = view.unit + list->unit_idx;
+    part->tally = view.unit_tally + list->unit_idx;
     part->n_group = view.n_group;
     part->block_first = list->block_first;
     part->first = n * team->rank >> ranks_log2;

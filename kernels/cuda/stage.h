@@ -19,12 +19,15 @@ struct winnow_gpu_grid { /* of a bucket: what the grids are sized by */
     uint64_t n_blocks_max; /* blocks of all units together */
 };
 
-cudaError_t winnow_gpu_stage_begin(const struct winnow_gpu_view *, const struct winnow_gpu_grid *,
-                                   cudaStream_t);
-cudaError_t winnow_gpu_stage_tail(const struct winnow_gpu_view *, const struct winnow_gpu_grid *,
-                                  cudaStream_t);
+/* Begins a sparse step: waits for all before it. */
 cudaError_t winnow_gpu_stage_scan(const struct winnow_gpu_view *, const struct winnow_gpu_grid *,
                                   cudaStream_t);
+/* Runs beside scan, which has to be in front of it. */
+cudaError_t winnow_gpu_stage_tail(const struct winnow_gpu_view *, const struct winnow_gpu_grid *,
+                                  cudaStream_t);
+/* The same without a scan: begins a whole step, waits for all before it. */
+cudaError_t winnow_gpu_stage_tail_first(const struct winnow_gpu_view *,
+                                        const struct winnow_gpu_grid *, cudaStream_t);
 cudaError_t winnow_gpu_stage_select(const struct winnow_gpu_view *, const struct winnow_gpu_grid *,
                                     cudaStream_t);
 cudaError_t winnow_gpu_stage_whole(const struct winnow_gpu_view *, const struct winnow_gpu_grid *,
@@ -38,7 +41,8 @@ cudaError_t winnow_gpu_stage_more(const struct winnow_gpu_view *, const struct w
 cudaError_t winnow_gpu_stages_prepare(const struct winnow_gpu_view *);
 cudaError_t winnow_gpu_scan_prepare(const struct winnow_gpu_view *);
 cudaError_t winnow_gpu_select_prepare(const struct winnow_gpu_view *);
-cudaError_t winnow_gpu_attend_prepare(const struct winnow_gpu_view *); /* tail too */
+cudaError_t winnow_gpu_tail_prepare(const struct winnow_gpu_view *);
+cudaError_t winnow_gpu_attend_prepare(const struct winnow_gpu_view *);
 cudaError_t winnow_gpu_more_prepare(const struct winnow_gpu_view *);
 /* Of more: its first kernel. */
 cudaError_t winnow_gpu_list_more_prepare(const struct winnow_gpu_view *);

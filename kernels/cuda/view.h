@@ -5,9 +5,9 @@
  * A launch attends n_items items of one layer each. Item i and KV head h are **unit**
  * u = i x n_kv_heads + h. Stages, in stream order, each a kernel (stage.h):
  *
- *   begin   the new token joins its tail block; the units are cleared
- *   tail    sinks and tail attended: partials 0 .. n_tail_groups - 1, then ln_z
- *   scan    the index streamed once: ln_e of every block
+ *   scan    the index streamed once: ln_e of every block. Of the launch and the index alone
+ *   tail    beside it: the units made; the new token joins its tail block; sinks and tail attended:
+ *           partials 0 .. n_tail_groups - 1, then ln_z
  *   select  keys, histogram, threshold; selected blocks listed in list order; each resolved to a
  *           place (slot, host) and the missing handed to the fetchers; groups queued
  *   attend  the first thread blocks fetch, the others attend groups and compensate chunks; the
@@ -15,7 +15,7 @@
  *   more    units short of P: the second round, read, attended, joined again, written; then the
  *           items' certificates, and the word that says the launch is complete
  *
- * A launch of whole items (mass 1) has `whole` in the place of scan and select; no unit is short:
+ * A launch of whole items (mass 1) has no scan, and `whole` in select's place; no unit is short:
  *   whole   every block listed in order, resolved without an eviction; fetches and groups queued
  *
  * Partials of a unit stand in one order, which is the order of joining:
@@ -86,7 +86,7 @@ struct winnow_gpu_unit {
     uint32_t block_first;   /* of its ln_e, key, selected, listed: view arrays at this block */
     uint32_t partial_first; /* of its partials */
     uint32_t n_tail_groups, n_groups, n_groups_more;
-    uint32_t n_chunks; /* set by begin, 1 at least; select queues them all. Whole: 1 if no block */
+    uint32_t n_chunks; /* set by tail, 1 at least; select queues them all. Whole: 1 if no block */
     uint32_t n_selected, n_more; /* of listed: the first round's, then the second's */
     uint32_t n_device, n_host, n_unfit, n_disk;
     uint32_t n_done;      /* partials of this round finished: the last joins */
@@ -96,7 +96,7 @@ struct winnow_gpu_unit {
     float key_quarter;    /* the last quarter of the selected, at least 4: key < this, known */
     float key_largest;    /* of the known; -inf: none is */
     float ln_z[WINNOW_GQA_MAX];    /* mass of sinks and tail */
-    float largest[WINNOW_GQA_MAX]; /* of ln_z and the known ln_e; scan leaves the latter's rank */
+    float largest[WINNOW_GQA_MAX]; /* of ln_z and the known ln_e */
     uint64_t z[WINNOW_GQA_MAX], total[WINNOW_GQA_MAX]; /* exp(ln_z), and with all ln_e */
     uint64_t quarter_m[WINNOW_GQA_MAX], quarter_e[WINNOW_GQA_MAX]; /* of the last quarter: rho */
     float rho[WINNOW_GQA_MAX], mass[WINNOW_GQA_MAX];
@@ -104,8 +104,18 @@ struct winnow_gpu_unit {
     float need[WINNOW_GQA_MAX]; /* short: exp(ln_e - largest) that the second round has to add */
 };
 
+/* What scan and tail count in, before anything is cleared: 0 between launches, as who counts last or
+ * reads leaves it. */
+struct winnow_gpu_tally {
+    uint32_t scan_next[WINNOW_GPU_SCAN_RUNS_MAX]; /* records of each run that scan has taken */
+};
+struct winnow_gpu_unit_tally {
+    uint32_t largest[WINNOW_GQA_MAX]; /* rank of the known ln_e: of scan, for select */
+    uint32_t n_tail;                  /* tail groups attended */
+};
+
 /*
- * Counters that stages hand each other, one set a round; cleared by begin. Filled by select (the
+ * Counters that stages hand each other, one set a round; cleared by tail. Filled by select (the
  * second by `more`, whose lists begin at 0 again): blocks to fetch; ready work, which is groups
  * without a missing block and all chunks; and groups that wait for a block.
  */
@@ -114,7 +124,6 @@ struct winnow_gpu_queue {
     uint32_t work_next, ticket_next, fetch_next; /* taken by attend, more */
     uint32_t n_short;                            /* units that are short after this round */
     uint32_t n_ended; /* thread blocks of `more` that have nothing left to do */
-    uint32_t scan_next[WINNOW_GPU_SCAN_RUNS_MAX]; /* records of each run that scan has taken */
 };
 
 struct winnow_gpu_launch {
@@ -170,8 +179,10 @@ struct winnow_gpu_view {
     uint32_t n_session_segments_max;
 
     struct winnow_gpu_launch *launch;
-    uint32_t *q_fragment; /* [unit] of winnow_gpu_q_fragment_words, written by begin */
+    uint32_t *q_fragment; /* [unit] of winnow_gpu_q_fragment_words, written by tail */
     struct winnow_gpu_unit *unit;
+    struct winnow_gpu_tally *tally;
+    struct winnow_gpu_unit_tally *unit_tally; /* [unit] */
     struct winnow_gpu_queue *queue;   /* [2] */
     float *ln_e;                      /* [block][G] */
     float *key;                       /* [block] */

@@ -124,8 +124,8 @@ __device__ inline void group_attend(const winnow_gpu_view &view, uint32_t unit_i
         block = view.slots + (uint64_t)listed.place * view.block_bytes;
     }
     block_load<F>(view, block, x);
-    block_attend<F>(view, unit, unit_queries<F>(view, unit_idx), WINNOW_BLOCK_TOKENS, x, memory,
-                    ln_m);
+    block_attend<F>(view, unit->logit_scale, unit_queries<F>(view, unit_idx), WINNOW_BLOCK_TOKENS,
+                    x, memory, ln_m);
     if (IS_FIRST)
         block_verify<F>(view, unit, listed.block, ln_m);
 }

@@ -34,7 +34,7 @@ static void segments_place(uint32_t item, uint32_t head)
     winnow_alloc_free(packed);
 }
 
-/* Sinks and tail but the newest token, which `begin` puts there. */
+/* Sinks and tail but the newest token, which `tail` puts there. */
 static void tail_place(uint32_t item, uint32_t head)
 {
     const struct unit *unit = &scene.unit[item * N_HEADS + head];
@@ -95,6 +95,7 @@ static void view_init(void)
         device_alloc(N_UNITS * winnow_gpu_q_fragment_words(view) * sizeof(uint32_t), 0xff);
     view->unit = device_alloc(N_UNITS * sizeof *view->unit, 0xff);
     view->queue = device_alloc(2 * sizeof *view->queue, 0xff);
+    view->unit_tally = device_alloc(N_UNITS * sizeof *view->unit_tally, 0);
     view->ln_e = device_alloc(n_blocks * g * sizeof(float), 0xff);
     view->key = device_alloc(n_blocks * sizeof(float), 0xff);
     view->selected = device_alloc(n_blocks, 0xff);
@@ -129,6 +130,7 @@ static void view_finish(void)
                       view->q_fragment,
                       view->unit,
                       view->queue,
+                      view->unit_tally,
                       view->ln_e,
                       view->key,
                       view->selected,
@@ -356,7 +358,7 @@ static double logit_difference(const struct unit *unit, uint32_t g)
            (double)scene.view.softmax_scale * largest;
 }
 
-/* One launch: begin and tail, the plan planted, attend and more. Poisons what is written. */
+/* One launch: tail, the plan planted, attend and more. Poisons what is written. */
 static void launch(const struct places *places, uint32_t n_fetchers, uint64_t seed)
 {
     struct winnow_gpu_view *view = &scene.view;
@@ -374,8 +376,7 @@ static void launch(const struct places *places, uint32_t n_fetchers, uint64_t se
         CUDA(cudaMemset(scene.out[i] + GUARD, 0xa5, out_bytes()));
         CUDA(cudaMemset(scene.certificate[i], 0xff, sizeof **scene.certificate));
     }
-    CUDA(winnow_gpu_stage_begin(view, &scene.grid, 0));
-    CUDA(winnow_gpu_stage_tail(view, &scene.grid, 0));
+    CUDA(winnow_gpu_stage_tail_first(view, &scene.grid, 0));
     CUDA(cudaDeviceSynchronize());
     from_device(units, view->unit, sizeof units);
     memset(&planted, 0, sizeof planted);

@@ -1,5 +1,8 @@
-/* winnowd with a GPU, simulated behind the library that it loads: the CPU's bits, before and after
- * the GPU is lost, and the log says which it was. */
+/* winnowd with a GPU. Simulated behind the library that it loads: the CPU's bits, before and after
+ * the GPU is lost, and the log says which it was. Where the product's library lies beside it, a real
+ * one: what it answers, within the memory that was printed. */
+#include <errno.h>
+#include <kernels/gpu.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -74,9 +77,6 @@ static struct result run(const char *gpu, const char *fails_after, const char *s
  * them they go on. That calls were made, 100 of them and more, is what loses it. */
 static void test_gpu__same_bits_used_and_lost(void)
 {
-    char path[256];
-    if (access(program_path("winnow_cuda.so", path), F_OK) == 0)
-        TEST_SKIP("winnowd would load the real GPU's library, which lies beside it");
     struct result cpu = run("off", NULL, "\"gpu\": \"off\"");
     struct result gpu = run("required", NULL, "\"gpu\": \"ready\"");
     struct result lost = run("required", "SIM_GPU_FAILS_AFTER=100", "\"gpu\": \"lost\"");
@@ -97,9 +97,76 @@ static void test_gpu__same_bits_used_and_lost(void)
     CHECK(lost.stats.device_steps > 0 && lost.stats.device_steps < of_gpu->device_steps);
 }
 
+/* A context whose index has no room is refused as it opens. */
+static void too_long_check(struct engine *engine)
+{
+    winnow_session_options options = WINNOW_SESSION_OPTIONS;
+    winnow_session *session;
+    options.model = engine->model;
+    options.n_tokens_max = UINT32_C(1) << 20;
+    CHECK_EQ(winnow_session_open(engine->client, &options, &session, 0), -EDQUOT);
+    CHECK(strstr(winnow_error_text(), "index_memory"));
+}
+
+/* Every step is the GPU's, everything read is plain attention, and what has been resident at most,
+ * the driver's part and the pinned pool too, is below the sum printed at the start. */
+static void test_gpu__real_one_stays_within_the_sum(void)
+{
+    static const char *const args[] = {"--gpu",
+                                       "required",
+                                       "--gpu-memory",
+                                       "1GiB",
+                                       "--host-pool",
+                                       "64MiB",
+                                       "--disk-cap",
+                                       "512MiB",
+                                       "--threads",
+                                       "2",
+                                       "--segment-tokens",
+                                       "512",
+                                       "--index-memory",
+                                       "28MiB",
+                                       NULL};
+    struct daemon daemon;
+    struct engine engine;
+    winnow_stats stats = WINNOW_STATS;
+    winnow_model model = engine_model(N_LAYERS, 4, 2, 64, 64, WINNOW_DTYPE_FP16, WINNOW_DTYPE_FP32);
+    const char *libraries = getenv("LD_LIBRARY_PATH"); /* winnowd's too, in a bundle */
+    char variable[1024];
+    double error = 0;
+    snprintf(variable, sizeof variable, "LD_LIBRARY_PATH=%s", libraries ? libraries : "");
+    daemon_init(&daemon, args);
+    daemon.env[0] = variable;
+    daemon_start(&daemon);
+    engine_open(&engine, daemon.socket, &model, test_seed(), N_TOKENS + N_STEPS + 1, NULL);
+    engine_converse(&engine, N_TOKENS, N_STEPS);
+    ENGINE_OK(engine_decode(&engine, &(struct engine_step){.mass = 1, .error = &error}));
+    too_long_check(&engine);
+    ENGINE_OK(winnow_stats_get(engine.client, NULL, &stats, 0));
+    uint64_t peak_bytes = proc_number(daemon.pid, "status", "VmHWM:") << 10;
+    engine_close(&engine);
+    CHECK_EQ(daemon_stop(&daemon, SIGTERM), 0);
+    daemon_remove(&daemon);
+    printf("error %.2g; at most %.1f MiB resident, %.1f printed\n", error,
+           (double)peak_bytes * 0x1p-20, (double)stats.printed_bytes * 0x1p-20);
+    CHECK(error > 0 && error < 2e-3);
+    CHECK_EQ(stats.device_steps, N_LAYERS * (N_STEPS + 1));
+    CHECK(peak_bytes <= stats.printed_bytes);
+}
+
 int main(int argc, char **argv)
 {
+    const char *library;
+    char path[256], text[256] = "";
     TEST_INIT(argc, argv);
+    library = program_path("winnow_cuda.so", path);
+    if (access(library, F_OK) == 0) { /* winnowd would load it in the simulated one's place */
+        const struct winnow_gpu_api *api = winnow_gpu_load(library, text);
+        if (!api || api->probe(0, text) < 0)
+            TEST_SKIP(text);
+        TEST_RUN(test_gpu__real_one_stays_within_the_sum);
+        return TEST_END();
+    }
     TEST_RUN(test_gpu__same_bits_used_and_lost);
     return TEST_END();
 }

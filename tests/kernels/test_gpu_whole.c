@@ -337,6 +337,7 @@ static void test_gpu_whole__renews_no_stamp(void)
 static void test_gpu_whole__disk_blocks_are_named(void)
 {
     struct scene_options options = crowd;
+    struct winnow_gpu_home homes[9 * 8 * 2]; /* segments, blocks, heads */
     static struct scene_item all, item;
     uint32_t n_disk = 0;
 
@@ -365,11 +366,11 @@ static void test_gpu_whole__disk_blocks_are_named(void)
             uint32_t segment = block % n_blocks / scene.span, at = block % scene.span;
             CHECK(block < 2 * n_blocks && (j == 0 || block > item.disk_block[j - 1]));
             n_here += (head * scene.span + at) % 5 == 0;
-            struct winnow_gpu_home home = {
+            homes[j] = (struct winnow_gpu_home){
                 scene_slot(&scene, 0, segment), (2 + head) * scene.span + at,
                 scene_head(&scene, 0, 1, head)->segment[segment].home[at]};
-            CHECK_EQ(api->homes_set(b, 1, &home), 0);
         }
+        CHECK_EQ(api->homes_set(b, n_listed, homes), 0);
         CHECK_EQ(n_here, i == 0 ? n_disk : 0);
         if (i == 1)
             scene_same(&scene, &all, &item);

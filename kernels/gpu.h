@@ -23,7 +23,7 @@
  *
  * Selection: the key of a block is ln of its summed share, as in kernels.h; the prefix ends at a
  * bin of 1/64 nat, so it is the shortest such prefix that serves every query head: a superset of
- * ref's by the rest of one bin (0.5-0.65 % of the blocks, gpu_scan's measurement).
+ * ref's by the rest of one bin (of real attention 1 % more blocks: test_gpu_scan).
  *
  * A **whole** item, mass 1, has no selection: all is attended, sinks and tail, then every sealed block
  * in list order. It finds blocks in slots and puts others into slots that are empty; it evicts none,

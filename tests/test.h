@@ -50,7 +50,7 @@ static inline void test_init(int argc, char **argv)
     setvbuf(stdout, NULL, _IOLBF, 0);
 }
 
-_Noreturn static inline void test_fail(const char *file, int line, const char *what)
+__attribute__((noreturn)) static inline void test_fail(const char *file, int line, const char *what)
 {
     fprintf(stderr, "%s:%d: %s: %s (--seed 0x%" PRIx64 ")\n", file, line, test_name, what,
             test_seed_value);

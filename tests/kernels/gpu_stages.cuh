@@ -4,8 +4,7 @@
  */
 #pragma once
 
-#include "card.cuh"
-
+#include <bench/gpu/card.cuh>
 #include <kernels/cuda/edge.cuh>
 #include <kernels/cuda/stage.h>
 

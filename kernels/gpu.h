@@ -18,6 +18,7 @@
  *   tails     session slots: sinks, and a ring of tail blocks, of every layer and KV head
  *   scratch   estimates, lists and partials of one launch
  *   builds    keys, values and results of the jobs that are out
+ *   window    queries, outputs and sums of one window, blocks of two parts of it
  * Every sealed block has a **home**: its offset in the host arena in pages of 4,096 bytes, or
  * WINNOW_GPU_ON_DISK.
  *
@@ -62,12 +63,16 @@ struct winnow_gpu_options {
     uint32_t n_items_max;            /* of a launch, at most WINNOW_GPU_ITEMS_MAX */
     uint64_t n_launch_blocks_max;    /* sealed blocks a head, summed over the items of a launch */
     uint32_t n_fetchers;             /* thread blocks that fetch; 0: 16. No result depends on it */
+    uint32_t n_window_positions;     /* of a window; 0: none is attended */
+    uint32_t n_window_blocks;        /* of a part of one, a KV head */
 };
 
 /* What create would reserve. */
 struct winnow_gpu_sizes {
-    uint64_t index_bytes, tail_bytes, cache_bytes, scratch_bytes, build_bytes, other_bytes;
+    uint64_t index_bytes, tail_bytes, cache_bytes, scratch_bytes, build_bytes, window_bytes;
+    uint64_t other_bytes;
     uint64_t segment_bytes, session_bytes; /* of one slot */
+    uint64_t window_host_bytes;            /* pinned, not of the device */
 };
 
 /* Of one item, from the kernels: winnow_core_certificate's figures. */
@@ -106,6 +111,27 @@ static_assert(sizeof(struct winnow_gpu_certificate) == 36, "device and host agre
 
 struct winnow_gpu_home { /* of a block: (layer x n_kv_heads + head) x S/16 + its number */
     uint32_t segment_slot, block, home;
+};
+
+/* Where a window's queries stand before its first part, fp32, and its result after the last: host
+ * memory of the gpu's. */
+struct winnow_gpu_window_rows {
+    float *q;   /* [n_kv_heads][n_window_positions][G][k_width] */
+    float *out; /* [n_kv_heads][n_window_positions][G][v_width], in q's place */
+    float *lse; /* [n_kv_heads][n_window_positions][G] */
+};
+
+/* A part of a window: blocks that its queries attend next. */
+struct winnow_gpu_window_part {
+    bool is_first, is_last;
+    uint32_t n_pos; /* of the window: query positions first, first + 1, ... */
+    uint64_t first;
+    const uint32_t *n_blocks; /* [n_kv_heads]: whole groups of 8, but in the last part */
+    const uint32_t *homes;    /* [n_kv_heads][n_window_blocks], in the arena */
+    /* Of each block [n], rising, the same of all heads: its first token's position, seen causally,
+     * and how many it has. NULL: full blocks sealed before the window, which all queries see. */
+    const uint64_t *position;
+    const uint32_t *n_tokens;
 };
 
 struct winnow_gpu_counters { /* since create, of one layer; whole items are not counted */
@@ -178,6 +204,20 @@ struct winnow_gpu_api {
     int (*build_poll)(struct winnow_gpu *, int64_t ticket, bool wait, uint16_t *const *order,
                       const struct winnow_index_view *views);
 
+    /*
+     * A window: exact attention of many query positions of one layer, as kernels.h's attend_window
+     * and finish, over the blocks of its parts one after the other. One window at a time: a first
+     * part begins it, whatever became of the one before; the rows stand when it is called.
+     */
+    void (*window_rows)(struct winnow_gpu *, struct winnow_gpu_window_rows *);
+    /* Arguments are copied. A ticket > 0; -EINVAL (out of range, a home beyond the arena, a part
+     * that does not go on where the one before ended: nothing done), -EBUSY (two parts are out),
+     * -EIO. Where a window is cut into parts is in no bit of its result. */
+    int64_t (*window)(struct winnow_gpu *, const struct winnow_gpu_window_part *);
+    /* 1: that part and all before it have read their blocks; of a last part: rows hold the result.
+     * 0: not yet. wait: waits for it. -EINVAL (no such part), -EIO. */
+    int (*window_poll)(struct winnow_gpu *, int64_t ticket, bool wait);
+
     int (*counters)(struct winnow_gpu *, uint32_t layer, struct winnow_gpu_counters *); /* waits */
     /* The plain entries of kernels.h over host memory, each a launch that waits: tests, oracles. An
      * error of CUDA in one of them ends the program. */
@@ -188,7 +228,7 @@ struct winnow_gpu_api {
  * a line in text: not there, or its contract is another version. The library stays loaded. */
 const struct winnow_gpu_api *winnow_gpu_load(const char *path, char text[256]);
 
-enum { WINNOW_GPU_API_VERSION = 2 };
+enum { WINNOW_GPU_API_VERSION = 3 };
 /* The symbol that winnow_cuda.so exports; NULL: it has another version. */
 const struct winnow_gpu_api *winnow_gpu_find(uint32_t version);
 

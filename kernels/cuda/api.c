@@ -22,6 +22,9 @@ winnow_gpu_find(uint32_t version)
         .poll = winnow_gpu_poll,
         .build = winnow_gpu_build,
         .build_poll = winnow_gpu_build_poll,
+        .window_rows = winnow_gpu_window_rows,
+        .window = winnow_gpu_window,
+        .window_poll = winnow_gpu_window_poll,
         .counters = winnow_gpu_counters,
         .kernels = winnow_gpu_plain,
     };

@@ -171,6 +171,8 @@ static cudaError_t device_create(struct winnow_gpu *gpu)
     if (error == cudaSuccess)
         error = winnow_gpu_builders_create(gpu);
     if (error == cudaSuccess)
+        error = winnow_gpu_windower_create(gpu);
+    if (error == cudaSuccess)
         error = cudaStreamSynchronize(gpu->stream);
     return error;
 }
@@ -209,7 +211,7 @@ int winnow_gpu_create(struct winnow_gpu_device *device, const struct winnow_gpu_
         return -ENOMEM;
     }
     winnow_gpu_layout_place(&gpu->layout, gpu->memory);
-    gpu->layout.view.host = device->host;
+    gpu->layout.view.host = gpu->layout.window.host = device->host;
     cudaError_t error = device_create(gpu);
     rc = winnow_gpu_device_check(device, error);
     if (rc < 0) {
@@ -239,6 +241,7 @@ void winnow_gpu_destroy(struct winnow_gpu *gpu)
     if (gpu->stream)
         cudaStreamSynchronize(gpu->stream);
     winnow_gpu_builders_destroy(gpu);
+    winnow_gpu_windower_destroy(gpu);
     for (int i = 0; i < WINNOW_GPU_KINDS * WINNOW_GPU_BUCKETS; i++)
         if (gpu->graph[i / WINNOW_GPU_BUCKETS][i % WINNOW_GPU_BUCKETS])
             cudaGraphExecDestroy(gpu->graph[i / WINNOW_GPU_BUCKETS][i % WINNOW_GPU_BUCKETS]);

@@ -10,7 +10,12 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { ALIGNMENT = 256, SEGMENT_TOKENS_MAX = 16384 };
+enum {
+    ALIGNMENT = 256,
+    SEGMENT_TOKENS_MAX = 16384,
+    WINDOW_POSITIONS_MAX = 65536,
+    WINDOW_BLOCKS_MAX = 65536
+};
 
 static uint64_t times(uint64_t a, uint64_t b)
 {
@@ -62,6 +67,12 @@ static int check_options(const struct winnow_gpu_options *o, char text[256])
         return refuse(text, "n_items_max", o->n_items_max, "1 to 256");
     if (o->n_launch_blocks_max == 0)
         return refuse(text, "n_launch_blocks_max", 0, "at least 1");
+    if (o->n_window_positions > WINDOW_POSITIONS_MAX)
+        return refuse(text, "n_window_positions", o->n_window_positions, "at most 65536");
+    if (o->n_window_positions > 0 &&
+        (o->n_window_blocks == 0 || o->n_window_blocks % WINNOW_GROUP_BLOCKS ||
+         o->n_window_blocks > WINDOW_BLOCKS_MAX))
+        return refuse(text, "n_window_blocks", o->n_window_blocks, "a multiple of 8 up to 65536");
     return 0;
 }
 
@@ -247,6 +258,68 @@ static void build_areas(struct winnow_gpu_layout *layout)
              of);
 }
 
+uint64_t winnow_gpu_layout_window(const struct winnow_gpu_window_view *view, uint32_t n_pos,
+                                  uint8_t *memory, struct winnow_gpu_window_rows *ret_rows,
+                                  struct winnow_gpu_window_list *ret_list)
+{
+    uint64_t at = 0, n_rows = (uint64_t)view->n_kv_heads * n_pos * view->n_group;
+    uint64_t n_heads = view->n_kv_heads, n = view->n_blocks_max;
+    uint32_t width = view->k_width > view->v_width ? view->k_width : view->v_width;
+
+    ret_rows->q = ret_rows->out = array_place(memory, &at, n_rows * width * sizeof(float));
+    ret_rows->lse = array_place(memory, &at, n_rows * sizeof(float));
+    for (uint32_t i = 0; i < WINNOW_GPU_WINDOW_STAGES; i++) {
+        ret_list[i].n_blocks = array_place(memory, &at, n_heads * sizeof(uint32_t));
+        ret_list[i].n_tokens = array_place(memory, &at, n * sizeof(uint32_t));
+        ret_list[i].position = array_place(memory, &at, n * sizeof(uint64_t));
+        ret_list[i].home = array_place(memory, &at, n_heads * n * sizeof(uint32_t));
+    }
+    return at;
+}
+
+static void window_areas(struct winnow_gpu_layout *layout, const struct winnow_gpu_options *o)
+{
+    const struct winnow_gpu_view *view = &layout->view;
+    struct winnow_gpu_window_view *window = &layout->window;
+    uint64_t *of = &layout->sizes.window_bytes, n_tile, n_rows;
+
+    n_tile = winnow_gpu_window_tile_rows(view->k_width, view->v_width);
+    n_rows = (o->n_window_positions * view->n_group + n_tile - 1) / n_tile * n_tile;
+    *window = (struct winnow_gpu_window_view){
+        .n_kv_heads = view->n_kv_heads,
+        .n_group = view->n_group,
+        .k_width = view->k_width,
+        .v_width = view->v_width,
+        .kv_dtype = view->kv_dtype,
+        .n_parts = view->io_dtype == view->kv_dtype ? 1 : 2,
+        .softmax_scale = view->softmax_scale,
+        .n_rows_max = (uint32_t)n_rows,
+        .n_blocks_max = o->n_window_blocks,
+    };
+    if (o->n_window_positions == 0)
+        return;
+    n_rows *= view->n_kv_heads;
+    area_add(layout, &window->query, n_rows * window->n_parts * view->k_width * 2, of);
+    area_add(layout, &window->row_scale, n_rows * sizeof *window->row_scale, of);
+    area_add(layout, &window->lse, n_rows * sizeof *window->lse, of);
+    area_add(layout, &window->sum, n_rows * WINNOW_GPU_WINDOW_SUM_BYTES, of);
+    area_add(layout, &window->output,
+             n_rows * winnow_gpu_window_width(view->k_width, view->v_width) * sizeof(float), of);
+    for (uint32_t i = 0; i < WINNOW_GPU_WINDOW_STAGES; i++) {
+        struct winnow_gpu_window_stage *stage = &window->stage[i];
+        uint64_t n = o->n_window_blocks;
+        area_add(layout, &stage->list.n_blocks, view->n_kv_heads * sizeof(uint32_t), of);
+        area_add(layout, &stage->list.n_tokens, n * sizeof(uint32_t), of);
+        area_add(layout, &stage->list.position, n * sizeof(uint64_t), of);
+        area_add(layout, &stage->block, n * view->n_kv_heads * (view->k_width + view->v_width) * 32,
+                 of);
+    }
+    struct winnow_gpu_window_rows rows;
+    struct winnow_gpu_window_list list[WINNOW_GPU_WINDOW_STAGES];
+    layout->sizes.window_host_bytes =
+        winnow_gpu_layout_window(window, o->n_window_positions, NULL, &rows, list);
+}
+
 static void item_layout(struct winnow_gpu_layout *layout)
 {
     const struct winnow_gpu_view *view = &layout->view;
@@ -279,6 +352,7 @@ int winnow_gpu_layout_init(struct winnow_gpu_layout *layout,
     item_layout(layout);
     resident_areas(layout, options);
     build_areas(layout);
+    window_areas(layout, options);
     launch_areas(layout, options);
     if (layout->n_bytes > UINT64_C(1) << 48) {
         snprintf(text, 256,
@@ -308,12 +382,15 @@ int winnow_gpu_sizes(const struct winnow_gpu_options *options, struct winnow_gpu
         return rc;
     *sizes = layout.sizes;
     const double mib = 0x1p-20;
-    snprintf(text, 256,
-             "index %u segments x %.2f MiB, cache %u slots x %u bytes, tails %u sessions x %.2f "
-             "MiB, launch %.2f MiB, builds %.2f MiB, tables %.2f MiB: %.2f GiB",
-             options->n_segments_max, (double)sizes->segment_bytes * mib, options->n_slots,
-             layout.view.block_bytes, options->n_sessions_max, (double)sizes->session_bytes * mib,
-             (double)sizes->scratch_bytes * mib, (double)sizes->build_bytes * mib,
-             (double)sizes->other_bytes * mib, (double)layout.n_bytes * 0x1p-30);
+    snprintf(
+        text, 256,
+        "index %u segments x %.2f MiB, cache %u slots x %u bytes, tails %u sessions x %.2f "
+        "MiB, launch %.2f MiB, builds %.2f MiB, window %u positions %.2f MiB, tables %.2f MiB: "
+        "%.2f GiB",
+        options->n_segments_max, (double)sizes->segment_bytes * mib, options->n_slots,
+        layout.view.block_bytes, options->n_sessions_max, (double)sizes->session_bytes * mib,
+        (double)sizes->scratch_bytes * mib, (double)sizes->build_bytes * mib,
+        options->n_window_positions, (double)sizes->window_bytes * mib,
+        (double)sizes->other_bytes * mib, (double)layout.n_bytes * 0x1p-30);
     return 0;
 }

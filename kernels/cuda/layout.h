@@ -1,7 +1,7 @@
 /* What a gpu reserves and where it lies. Needs no device. */
 #pragma once
 
-#include <kernels/cuda/view.h>
+#include <kernels/cuda/window.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -9,7 +9,7 @@ extern "C" {
 
 enum {
     WINNOW_GPU_RING_SLACK_BLOCKS = 32, /* of a tail beyond one segment: what is being sealed */
-    WINNOW_GPU_AREAS_MAX = 32,
+    WINNOW_GPU_AREAS_MAX = 40,
 };
 
 /* Bytes that belong to a pointer of the view. */
@@ -28,6 +28,7 @@ struct winnow_gpu_layout {
     /* Of build jobs, one after the other: rows of keys, then of values; results; scratch. */
     uint64_t build_keys_bytes, build_rows_bytes, build_result_bytes, build_scratch_bytes;
     uint8_t *build_rows, *build_result, *build_scratch;
+    struct winnow_gpu_window_view window; /* likewise */
     struct winnow_gpu_area area[WINNOW_GPU_AREAS_MAX];
     uint32_t n_areas;
 };
@@ -50,6 +51,12 @@ struct winnow_gpu_result {
 /* Places it in memory, aligned to 16 (NULL: as offsets); returns its bytes. */
 uint64_t winnow_gpu_layout_result(const struct winnow_gpu_view *view, uint8_t *memory,
                                   struct winnow_gpu_result *ret_result);
+
+/* What a window has in pinned memory (NULL: as offsets); returns its bytes. ret_list: of every
+ * stage. */
+uint64_t winnow_gpu_layout_window(const struct winnow_gpu_window_view *view, uint32_t n_pos,
+                                  uint8_t *memory, struct winnow_gpu_window_rows *ret_rows,
+                                  struct winnow_gpu_window_list *ret_list);
 
 /* The most partials that a KV head of an item may make. */
 uint32_t winnow_gpu_layout_partials(const struct winnow_gpu_view *view, uint32_t n_blocks);

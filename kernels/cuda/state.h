@@ -30,6 +30,19 @@ struct winnow_gpu_builder {
     cudaEvent_t event;
 };
 
+/* The window under way: parts bring their blocks in one stream and attend them in the other. */
+struct winnow_gpu_windower {
+    cudaStream_t gather_stream, attend_stream;
+    uint8_t *memory; /* pinned: rows and lists */
+    struct winnow_gpu_window_rows rows;
+    struct winnow_gpu_window_list list[WINNOW_GPU_WINDOW_STAGES];
+    cudaEvent_t gathered[WINNOW_GPU_WINDOW_STAGES], attended[WINNOW_GPU_WINDOW_STAGES], finished;
+    bool is_last[WINNOW_GPU_WINDOW_STAGES];
+    int64_t n_parts, n_taken; /* tickets given out; found complete */
+    uint32_t n_pos;           /* of the window that may go on; 0: none */
+    uint64_t first;
+};
+
 /* Pinned memory on its way to the device. */
 struct winnow_gpu_staging {
     uint8_t *memory;
@@ -54,7 +67,8 @@ struct winnow_gpu {
     uint64_t staging_bytes;
     uint32_t staging_idx;
     struct winnow_gpu_builder builder[WINNOW_GPU_BUILDS_MAX];
-    int64_t n_builds;                   /* tickets given out */
+    int64_t n_builds; /* tickets given out */
+    struct winnow_gpu_windower windower;
     struct winnow_gpu_session *session; /* [n_sessions_max] */
     uint64_t n_checks;                  /* calls of decode */
 };
@@ -82,6 +96,13 @@ void winnow_gpu_builders_destroy(struct winnow_gpu *gpu); /* waits for them */
 int64_t winnow_gpu_build(struct winnow_gpu *gpu, const uint32_t *homes);
 int winnow_gpu_build_poll(struct winnow_gpu *gpu, int64_t ticket, bool wait, uint16_t *const *order,
                           const struct winnow_index_view *views);
+
+/* The window's streams and pinned memory. */
+cudaError_t winnow_gpu_windower_create(struct winnow_gpu *gpu);
+void winnow_gpu_windower_destroy(struct winnow_gpu *gpu); /* waits for it */
+void winnow_gpu_window_rows(struct winnow_gpu *gpu, struct winnow_gpu_window_rows *rows);
+int64_t winnow_gpu_window(struct winnow_gpu *gpu, const struct winnow_gpu_window_part *part);
+int winnow_gpu_window_poll(struct winnow_gpu *gpu, int64_t ticket, bool wait);
 
 int winnow_gpu_counters(struct winnow_gpu *gpu, uint32_t layer,
                         struct winnow_gpu_counters *counters);

@@ -9,7 +9,11 @@
 #include <string.h>
 
 enum {
-    CACHE_OF_KV = 20,  /* one block in so many of those indexed has a slot, at least */
+    CACHE_OF_KV = 20, /* one block in so many of those indexed has a slot, at least */
+    WINDOW_POSITIONS = 2048,
+    WINDOW_BLOCKS = 1024, /* of a part: its attention outlasts what begins and ends it */
+    WINDOW_OF_MEMORY =
+        16,            /* the share that a window may have of the device's memory, and the pool's */
     TAIL_AT_ONCE = 32, /* blocks of every head that one call puts */
     MOVED_AT_ONCE = 4096,
 };
@@ -43,7 +47,7 @@ static void slots_give(struct winnow_slots *slots, uint32_t number_plus_1)
 static uint64_t sizes_sum(const struct winnow_gpu_sizes *sizes)
 {
     return sizes->index_bytes + sizes->tail_bytes + sizes->cache_bytes + sizes->scratch_bytes +
-           sizes->build_bytes + sizes->other_bytes;
+           sizes->build_bytes + sizes->window_bytes + sizes->other_bytes;
 }
 
 static uint64_t blocks_of(const struct winnow_gpu_options *options, uint64_t n_segments)
@@ -68,6 +72,36 @@ static bool options_fit(const struct winnow_device *device, struct winnow_gpu_op
            sizes_sum(&sizes) <= device->memory_bytes;
 }
 
+/* A window of as many positions as find room; none, and windows are the CPU's. */
+static void window_choose(const struct winnow_core *core, struct winnow_gpu_options *options)
+{
+    const struct winnow_device *device = core->tiers.device;
+    struct winnow_gpu_options one = *options;
+    struct winnow_gpu_sizes sizes;
+    char text[256];
+    one.n_segments_max = 1;
+    one.n_launch_blocks_max = one.segment_tokens / WINNOW_BLOCK_TOKENS;
+    one.n_window_blocks = winnow_chunk_blocks_max(options->shape.n_kv_heads,
+                                                  options->segment_tokens / WINNOW_BLOCK_TOKENS);
+    uint64_t part_bytes = (uint64_t)WINDOW_BLOCKS * winnow_block_bytes(&options->shape);
+    uint32_t n_large =
+        WINDOW_BLOCKS / options->shape.n_kv_heads / WINNOW_GROUP_BLOCKS * WINNOW_GROUP_BLOCKS;
+    if (n_large > one.n_window_blocks && /* two are pinned */
+        2 * part_bytes <= core->options.host_pool_bytes / WINDOW_OF_MEMORY)
+        one.n_window_blocks = n_large;
+    for (one.n_window_positions = WINDOW_POSITIONS; one.n_window_positions >= WINNOW_TILE_POSITIONS;
+         one.n_window_positions /= 2) {
+        if (device->api->sizes(&one, &sizes, text) < 0)
+            return;
+        if (sizes.window_bytes > device->memory_bytes / WINDOW_OF_MEMORY ||
+            sizes.window_host_bytes > core->options.host_pool_bytes / WINDOW_OF_MEMORY)
+            continue;
+        options->n_window_positions = one.n_window_positions;
+        options->n_window_blocks = one.n_window_blocks;
+        return;
+    }
+}
+
 /* As many segments as the host's index can hold; fewer where one block in CACHE_OF_KV of theirs
  * would have no slot. What the index leaves is the cache, up to a slot for every block. */
 static bool options_choose(const struct winnow_core *core, const struct winnow_model_shape *shape,
@@ -88,6 +122,7 @@ static bool options_choose(const struct winnow_core *core, const struct winnow_m
             core->n_runs_max < WINNOW_GPU_ITEMS_MAX ? core->n_runs_max : WINNOW_GPU_ITEMS_MAX,
     };
     options->shape.block_layout = WINNOW_BLOCK_FRAGMENTS;
+    window_choose(core, options);
     for (uint32_t bit = UINT32_C(1) << 24; bit; bit /= 2) {
         uint64_t n_blocks = blocks_of(options, n_segments + bit);
         if (n_segments + bit <= n_of_index &&
@@ -118,6 +153,10 @@ static void gpu_destroy(struct winnow_device *device)
     winnow_alloc_free(device->segment);
     winnow_alloc_free(device->moved);
     winnow_alloc_free(device->tail);
+    winnow_alloc_free(device->part_home);
+    winnow_alloc_free(device->part_blocks);
+    winnow_alloc_free(device->part_position);
+    winnow_alloc_free(device->part_tokens);
     device->session_slots = device->segment_slots = (struct winnow_slots){0};
     device->views = NULL;
     device->order = NULL;
@@ -125,7 +164,21 @@ static void gpu_destroy(struct winnow_device *device)
     device->segment = NULL;
     device->moved = NULL;
     device->tail = NULL;
+    device->part_home = device->part_blocks = device->part_tokens = NULL;
+    device->part_position = NULL;
     device->n_moved = 0;
+}
+
+/* What a part is listed in. */
+static bool part_create(struct winnow_device *device)
+{
+    size_t n_heads = device->shape_options.shape.n_kv_heads;
+    size_t n = device->shape_options.n_window_blocks;
+    device->part_home = winnow_alloc_array(n_heads * n + 1, sizeof *device->part_home);
+    device->part_blocks = winnow_alloc_array(n_heads, sizeof *device->part_blocks);
+    device->part_position = winnow_alloc_array(n + 1, sizeof *device->part_position);
+    device->part_tokens = winnow_alloc_array(n + 1, sizeof *device->part_tokens);
+    return device->part_home && device->part_blocks && device->part_position && device->part_tokens;
 }
 
 static bool gpu_create(struct winnow_core *core, const struct winnow_model_shape *shape,
@@ -151,6 +204,7 @@ static bool gpu_create(struct winnow_core *core, const struct winnow_model_shape
     device->segment = winnow_alloc_array(options->n_segments_max, sizeof(struct winnow_segment *));
     device->moved = winnow_alloc_array(MOVED_AT_ONCE, sizeof *device->moved);
     device->tail = winnow_alloc_array(n_heads * TAIL_AT_ONCE, sizeof *device->tail);
+    complete &= part_create(device);
     if (!complete || !device->homes || !device->segment || !device->moved || !device->tail ||
         slots_init(&device->session_slots, options->n_sessions_max) < 0 ||
         slots_init(&device->segment_slots, options->n_segments_max) < 0) {
@@ -163,6 +217,7 @@ static bool gpu_create(struct winnow_core *core, const struct winnow_model_shape
         gpu_destroy(device);
         return false;
     }
+    device->api->window_rows(device->gpu, &device->rows);
     struct winnow_gpu_sizes sizes;
     device->n_shapes += device->api->sizes(options, &sizes, device->shape_text) == 0;
     return true;
@@ -307,16 +362,20 @@ void winnow_device_shape_end(struct winnow_device *device)
 
 // --- what the device has is brought up to date --------------------------------------------------
 
-uint32_t winnow_device_home(const struct winnow_arena *arena, uint32_t place)
+uint32_t winnow_device_home_of(const struct winnow_arena *arena, const void *data)
 {
     size_t arena_bytes;
-    const uint8_t *base = winnow_arena_base(arena, &arena_bytes);
-    if (!place)
-        return WINNOW_GPU_ON_DISK;
-    const uint8_t *data = winnow_arena_data(arena, place - 1);
-    winnow_assert(data >= base);
-    winnow_assert((size_t)(data - base) % WINNOW_PAGE_BYTES == 0);
-    return (uint32_t)((size_t)(data - base) / WINNOW_PAGE_BYTES);
+    const uint8_t *base = winnow_arena_base(arena, &arena_bytes), *at = data;
+    winnow_assert(at >= base);
+    winnow_assert((size_t)(at - base) < arena_bytes);
+    winnow_assert((size_t)(at - base) % WINNOW_PAGE_BYTES == 0);
+    return (uint32_t)((size_t)(at - base) / WINNOW_PAGE_BYTES);
+}
+
+uint32_t winnow_device_home(const struct winnow_arena *arena, uint32_t place)
+{
+    return place ? winnow_device_home_of(arena, winnow_arena_data(arena, place - 1))
+                 : WINNOW_GPU_ON_DISK;
 }
 
 /* Homes as they are when the device hears of them; a segment that went meanwhile has none. */

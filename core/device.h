@@ -8,16 +8,16 @@
  *
  * So a lost device loses nothing: its sessions' steps, the one under way too, are the CPU's from
  * then on (same blocks, block layout 2, same index). The CPU also takes what launches do not: sparse
- * steps of other policies than `codes`, and windows. Heavy heads are its notion: a launch selects
+ * steps of other policies than `codes`. Heavy heads are its notion: a launch selects
  * theirs like any other's.
  *
  * Whole reads (mass 1, short contexts, a strict step that stayed short) are launches of their own,
  * which evict nothing from the device's cache. Few of their blocks may be away: those are read before the
  * launch; of many the CPU's way streams past the cache (rule 3).
  *
- * Windows (AttendExact) stay the CPU's, over blocks of layout 2 that it has to reorder: an engine on a
- * machine with a GPU attends its prompt where it computes its keys, and sends those by Append; a window
- * is for an engine that cannot. Rejected: a kernel for windows, the attention that engines have.
+ * Exact windows go there in parts (parts.c): every block, pinned or staged, crosses the link once for all
+ * the positions of a pass, and no slot is asked or filled: attending 2,048 positions takes longer than
+ * the link does. One window at a time, of as many positions as a sixteenth of the memory holds.
  *
  * Spans of its sessions are built there too (build.c), while steps go on; the index comes back to
  * the host's place for it. Jobs that a lost device leaves are the lane's.
@@ -41,7 +41,7 @@ struct winnow_segment;
 struct winnow_item;
 struct winnow_arena;
 
-enum { WINNOW_N_LAUNCHES = 2 }; /* out at once */
+enum { WINNOW_N_LAUNCHES = 2, WINNOW_N_PARTS = 2 }; /* out at once */
 
 struct winnow_launch {
     int64_t ticket; /* 0: none */
@@ -77,7 +77,11 @@ struct winnow_device {
     struct winnow_launch launch[WINNOW_N_LAUNCHES];
     uint32_t launch_first, n_launches; /* oldest out */
     struct winnow_build build[WINNOW_GPU_BUILDS_MAX];
-    uint32_t n_builds;               /* out */
+    uint32_t n_builds;             /* out */
+    struct winnow_session *window; /* whose window is attended; NULL: none is */
+    struct winnow_gpu_window_rows rows;
+    uint32_t n_parts; /* out, oldest first */
+    int64_t part[WINNOW_N_PARTS];
     struct winnow_session **waiting; /* [n_runs_max] */
     uint32_t n_waiting;
     struct winnow_gpu_item item[WINNOW_GPU_ITEMS_MAX];
@@ -87,7 +91,11 @@ struct winnow_device {
     struct winnow_segment **segment; /* [n_segments_max] that has the slot */
     struct winnow_gpu_home *moved; /* [n of one call] blocks whose home the device has not heard */
     uint32_t n_moved;
-    const void **tail; /* [blocks put at once][n_kv_heads] */
+    const void **tail;       /* [blocks put at once][n_kv_heads] */
+    uint32_t *part_home;     /* [n_kv_heads][n_window_blocks] of the part that is sent */
+    uint32_t *part_blocks;   /* [n_kv_heads] */
+    uint64_t *part_position; /* [n_window_blocks] */
+    uint32_t *part_tokens;   /* the same */
 };
 
 /* --- device.c --- */
@@ -121,8 +129,9 @@ void winnow_device_counters(struct winnow_device *device, struct winnow_gpu_coun
  * 0; -EDQUOT: the device has no room; -EIO. */
 int winnow_device_sync(struct winnow_core *core, struct winnow_session *session,
                        struct winnow_gpu_item *item, struct winnow_gpu_certificate *certificate);
-/* Of a place (segment.h) in the arena. */
+/* Of a place (segment.h) in the arena, and of a block's bytes there. */
 uint32_t winnow_device_home(const struct winnow_arena *arena, uint32_t place);
+uint32_t winnow_device_home_of(const struct winnow_arena *arena, const void *data);
 /* When the last session has gone, its segments with it, the memory is for the next shape. */
 void winnow_device_shape_end(struct winnow_device *device);
 
@@ -142,6 +151,19 @@ bool winnow_device_spin(struct winnow_core *core);
 /* Launches or builds are out: the loop should come again at once. */
 bool winnow_device_busy(const struct winnow_device *device); /* NULL is fine */
 bool winnow_device_lost(const struct winnow_device *device); /* NULL is fine */
+
+/* --- parts.c: exact windows --- */
+/* The window is the device's, if it takes any. False: it has another; it will be free. */
+bool winnow_parts_take(struct winnow_core *core, struct winnow_session *session);
+bool winnow_parts_taken(const struct winnow_core *core, const struct winnow_session *session);
+/* The window has ended, or goes on without the device. Nothing where it was not taken. */
+void winnow_parts_give(struct winnow_core *core, struct winnow_session *session);
+/* The pass's queries stand in the device's rows: sends what can be sent; each part is one of the op's
+ * items. True: the rows hold the result. */
+bool winnow_parts_advance(struct winnow_core *core, struct winnow_session *session);
+/* Takes what is complete. True: something was, or the device is lost. */
+bool winnow_parts_poll(struct winnow_core *core);
+void winnow_parts_lose(struct winnow_core *core); /* nothing that is out will come back */
 
 /* --- build.c --- */
 /* The session's spans are built by the device. */

@@ -53,6 +53,7 @@ void winnow_device_lose(struct winnow_core *core)
         session->op.n_items--;
         to_cpu(core, session);
     }
+    winnow_parts_lose(core);
     winnow_builds_to_lane(core);
     winnow_arena_freeze(core->tiers.arena, false);
 }
@@ -269,7 +270,7 @@ static bool launch_take(struct winnow_core *core)
     if (rc < 0)
         winnow_device_lose(core);
     if (rc <= 0)
-        return false;
+        return rc < 0; /* what it leaves is to be gone on with */
     winnow_assert(launch->n > 0);
     winnow_assert(launch->ticket > 0);
     device->launch_first = (device->launch_first + 1) % WINNOW_N_LAUNCHES;
@@ -290,6 +291,7 @@ bool winnow_device_poll(struct winnow_core *core)
         any = true;
     while (device->n_waiting && device->n_launches < WINNOW_N_LAUNCHES && launch_send(core))
         any = true;
+    any |= winnow_parts_poll(core);
     any |= winnow_builds_poll(core, false);
     winnow_device_shape_end(device);
     return any;
@@ -318,7 +320,7 @@ bool winnow_device_spin(struct winnow_core *core)
 
 bool winnow_device_busy(const struct winnow_device *device)
 {
-    return device && (device->n_launches > 0 || device->n_builds > 0);
+    return device && (device->n_launches > 0 || device->n_builds > 0 || device->n_parts > 0);
 }
 
 bool winnow_device_lost(const struct winnow_device *device)

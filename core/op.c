@@ -63,6 +63,7 @@ static void op_release(struct winnow_core *core, struct winnow_session *session)
                                      op->request->kind == WINNOW_REQUEST_EXACT);
     if (op->pass && is_window) /* blocks of a window that failed */
         winnow_context_shrink(session->context, op->layer, session->context->layer[op->layer].held);
+    winnow_parts_give(core, session);
     if (op->pass) {
         winnow_assert(op->pass->taken);
         for (uint32_t i = 0; i < 2; i++)

@@ -101,12 +101,18 @@ size_t winnow_run_wants(const struct winnow_core *core, const struct winnow_sess
     return need_bytes;
 }
 
+uint32_t winnow_chunk_blocks_max(uint32_t n_kv_heads, uint32_t n_span)
+{
+    return n_span > 512 / n_kv_heads ? n_span
+                                     : 512 / n_kv_heads / WINNOW_GROUP_BLOCKS * WINNOW_GROUP_BLOCKS;
+}
+
 static size_t pass_cut(struct winnow_pass *pass, uint8_t *base,
-                       const struct winnow_model_shape *shape, uint32_t n_span)
+                       const struct winnow_model_shape *shape, uint32_t chunk_blocks_max)
 {
     struct cutter c = {base, 0};
     uint32_t n_kv = shape->n_kv_heads;
-    pass->chunk_blocks_max = n_span > 512 / n_kv ? n_span : 512 / n_kv;
+    pass->chunk_blocks_max = chunk_blocks_max;
     size_t n = (size_t)n_kv * pass->chunk_blocks_max;
     pass->partial =
         cut(&c, n_kv * WINNOW_WINDOW_POSITIONS * winnow_partial_floats(shape), sizeof(float));
@@ -125,10 +131,14 @@ static size_t pass_cut(struct winnow_pass *pass, uint8_t *base,
 int winnow_pass_prepare(struct winnow_pass *pass, const struct winnow_session *session)
 {
     const struct winnow_context *context = session->context;
-    uint32_t n_span = context->segment_tokens / WINNOW_BLOCK_TOKENS;
+    uint32_t n_most = winnow_chunk_blocks_max(context->shape.n_kv_heads,
+                                              context->segment_tokens / WINNOW_BLOCK_TOKENS);
+    uint32_t n_of_part =
+        session->device_slot ? context->tiers->device->shape_options.n_window_blocks : 0;
+    n_most = n_of_part > n_most ? n_of_part : n_most;
     struct winnow_pass sums = {0};
     winnow_assert(pass->taken);
-    size_t need_bytes = pass_cut(&sums, NULL, &context->shape, n_span);
+    size_t need_bytes = pass_cut(&sums, NULL, &context->shape, n_most);
     if (need_bytes > pass->memory_bytes) {
         void *memory = winnow_alloc(need_bytes);
         if (!memory)
@@ -137,7 +147,7 @@ int winnow_pass_prepare(struct winnow_pass *pass, const struct winnow_session *s
         pass->memory = memory;
         pass->memory_bytes = need_bytes;
     }
-    size_t cut_bytes = pass_cut(pass, pass->memory, &context->shape, n_span);
+    size_t cut_bytes = pass_cut(pass, pass->memory, &context->shape, n_most);
     winnow_assert(cut_bytes == need_bytes);
     winnow_assert(cut_bytes <= pass->memory_bytes);
     return 0;

@@ -184,7 +184,8 @@ enum winnow_op_state {
     WINNOW_OP_READ_MORE,
     WINNOW_OP_CERTIFY,
     WINNOW_OP_STRICT,
-    WINNOW_OP_SEALED_KEYS, /* window: blocks of segments */
+    WINNOW_OP_QUERIES,     /* window: the device's are put where it takes them */
+    WINNOW_OP_SEALED_KEYS, /* blocks of segments; all of them where the device attends */
     WINNOW_OP_RESIDENT_KEYS,
     WINNOW_OP_FINISH,
     WINNOW_OP_SEAL,
@@ -217,6 +218,9 @@ struct winnow_op {
     uint64_t at;              /* window: first position of the pass; truncate: layer's progress */
     uint32_t n_pass;
     uint64_t chunk_first, chunk_next;
+    uint64_t chunk_sent; /* to the device */
+    uint32_t n_sent;     /* resident blocks of the pass that were */
+    bool all_sent;
     uint32_t *slot; /* truncate, fork: new resident blocks of all layers */
     uint32_t n_slots;
     uint32_t cut, n_cut; /* truncate: the segment cut through; layers restored before this one */
@@ -366,6 +370,8 @@ int winnow_run_prepare(struct winnow_core *core, struct winnow_run *run,
 /* Bytes of index_memory that a step over n_blocks would have to take, beyond what runs hold. */
 size_t winnow_run_wants(const struct winnow_core *core, const struct winnow_session *session,
                         uint32_t n_blocks);
+/* Blocks a KV head that a chunk holds at most, n_span of a segment. */
+uint32_t winnow_chunk_blocks_max(uint32_t n_kv_heads, uint32_t n_span);
 /* Sizes the pass. 0; -ENOMEM. */
 int winnow_pass_prepare(struct winnow_pass *pass, const struct winnow_session *session);
 

@@ -3,7 +3,9 @@
 //   BEGIN          checks; a span left due by an earlier call is sealed first
 //   ROOM           the window's blocks, all heads                     (waits for slots)
 //   CONVERT        K, V into them; NaN and Inf refused                items: head x tokens
+//   QUERIES        of a window that the device attends, to it         items: head x tile
 //   SEALED_KEYS    512 positions at a time over what is sealed        items: head x tile, chunk.c
+//                  the device: chunks, then sinks and tail            items: parts, parts.c
 //   RESIDENT_KEYS  then over sinks and tail, causally; out, lse       items: head x tile
 //   reply
 //   SEAL           every span that is due is built and in force for the layer's next call
@@ -17,7 +19,11 @@
 #include <math.h>
 #include <string.h>
 
-enum { CONVERT_TOKENS = 128, SEALED_AT_ONCE = 64 };
+enum {
+    CONVERT_TOKENS = 128,
+    SEALED_AT_ONCE = 64,
+    TILES_MAX = WINNOW_WINDOW_POSITIONS / WINNOW_TILE_POSITIONS, /* of a pass, a head */
+};
 static_assert(CONVERT_TOKENS % WINNOW_BLOCK_TOKENS == 0, "a block belongs to one item");
 static_assert(SEALED_AT_ONCE % WINNOW_GROUP_BLOCKS == 0, "the same eight meet in every run");
 
@@ -253,21 +259,28 @@ static void sealed_run(struct winnow_work *work, uint32_t worker_idx)
     }
 }
 
-/* out and lse of one position of the tile. */
-static int position_finish(const struct winnow_item *item, uint32_t pos, float *out)
+/* out and lse [G] of one position of the pass, to where the caller wants them. */
+static int position_write(const struct winnow_item *item, const struct winnow_op *op, uint32_t pos,
+                          const float *out, const float *lse)
 {
     const struct winnow_model_shape *shape = &item->session->context->shape;
-    const struct winnow_op *op = &item->session->op;
     uint32_t G = winnow_group_heads(shape);
-    float lse[WINNOW_GQA_MAX];
     size_t row = (size_t)(op->at - window_first(op->request)) + pos;
     size_t head_first = row * shape->n_q_heads + (size_t)item->head * G;
-    item->kernels->finish(shape, tile_partial(item->session, item->head, pos), out, lse);
     if (op->request->exact.lse)
         memcpy(op->request->exact.lse + head_first, lse, G * sizeof(float));
     uint8_t *target = op->request->exact.out;
     target += head_first * shape->v_width * winnow_dtype_bytes(shape->io_dtype);
     return item->kernels->from_float(shape->io_dtype, (size_t)G * shape->v_width, out, target);
+}
+
+static int position_finish(const struct winnow_item *item, uint32_t pos, float *out)
+{
+    const struct winnow_session *session = item->session;
+    float lse[WINNOW_GQA_MAX];
+    item->kernels->finish(&session->context->shape, tile_partial(session, item->head, pos), out,
+                          lse);
+    return position_write(item, &session->op, pos, out, lse);
 }
 
 static void resident_run(struct winnow_work *work, uint32_t worker_idx)
@@ -304,6 +317,45 @@ static void resident_run(struct winnow_work *work, uint32_t worker_idx)
         item->result = position_finish(item, pos, q);
 }
 
+// --- the device's rows --------------------------------------------------------------------------
+
+/* Of the item's position pos, among the rows of all heads and positions: the first of G. */
+static size_t device_row(const struct winnow_item *item, const struct winnow_device *device,
+                         uint32_t pos)
+{
+    winnow_assert(pos < device->shape_options.n_window_positions);
+    return ((size_t)item->head * device->shape_options.n_window_positions + pos) *
+           winnow_group_heads(&device->shape_options.shape);
+}
+
+static void queries_run(struct winnow_work *work, uint32_t worker_idx)
+{
+    struct winnow_item *item = (struct winnow_item *)work;
+    const struct winnow_op *op = &item->session->op;
+    const struct winnow_model_shape *shape = &item->session->context->shape;
+    const struct winnow_device *device = item->session->context->tiers->device;
+    uint32_t first = (uint32_t)(op->at - window_first(op->request)) + item->first;
+    (void)worker_idx;
+    item->result =
+        rows_convert(item, op->request->exact.q, shape->n_kv_heads,
+                     winnow_group_heads(shape) * shape->k_width, item->head, first, item->n,
+                     device->rows.q + device_row(item, device, item->first) * shape->k_width);
+}
+
+static void outputs_run(struct winnow_work *work, uint32_t worker_idx)
+{
+    struct winnow_item *item = (struct winnow_item *)work;
+    const struct winnow_op *op = &item->session->op;
+    const struct winnow_device *device = item->session->context->tiers->device;
+    uint32_t v_width = item->session->context->shape.v_width;
+    (void)worker_idx;
+    for (uint32_t pos = item->first; pos < item->first + item->n && item->result == 0; pos++) {
+        size_t row = device_row(item, device, pos);
+        item->result =
+            position_write(item, op, pos, device->rows.out + row * v_width, device->rows.lse + row);
+    }
+}
+
 /* An item for every (head, tile) with something to do. False: items are out, nothing is sent. */
 static bool tiles_submit(struct winnow_core *core, struct winnow_session *session,
                          const struct winnow_chunk *chunk,
@@ -313,44 +365,52 @@ static bool tiles_submit(struct winnow_core *core, struct winnow_session *sessio
     uint32_t n_heads = session->context->shape.n_kv_heads;
     winnow_assert(op->n_items == 0);
     winnow_assert(op->n_pass > 0);
-    winnow_assert(op->n_pass <= WINNOW_WINDOW_POSITIONS);
-    uint32_t n_tiles = (op->n_pass + WINNOW_TILE_POSITIONS - 1) / WINNOW_TILE_POSITIONS;
+    uint32_t n_tile = (op->n_pass + TILES_MAX - 1) / TILES_MAX;
+    n_tile = n_tile < WINNOW_TILE_POSITIONS ? WINNOW_TILE_POSITIONS : n_tile;
+    uint32_t n_tiles = (op->n_pass + n_tile - 1) / n_tile;
+    winnow_assert(n_tiles <= TILES_MAX);
     if (winnow_pool_size(core->items) - winnow_pool_used(core->items) < n_heads * n_tiles)
         return false;
     for (uint32_t i = 0; i < n_heads * n_tiles; i++) {
-        uint32_t head = i / n_tiles, first = i % n_tiles * WINNOW_TILE_POSITIONS;
+        uint32_t head = i / n_tiles, first = i % n_tiles * n_tile;
         if (chunk && chunk->n_of_head[head] == 0)
             continue;
         struct winnow_item *item = winnow_item_take(core, session);
         winnow_assert(item);
         item->head = head;
         item->first = first;
-        item->n =
-            op->n_pass - first < WINNOW_TILE_POSITIONS ? op->n_pass - first : WINNOW_TILE_POSITIONS;
+        item->n = op->n_pass - first < n_tile ? op->n_pass - first : n_tile;
         op->n_items++;
         winnow_item_submit(core, item, WINNOW_LANE_EXACT, run, winnow_item_done);
     }
     return true;
 }
 
-static void pass_begin(struct winnow_session *session)
+static void pass_begin(const struct winnow_core *core, struct winnow_session *session)
 {
     struct winnow_op *op = &session->op;
     const struct winnow_model_shape *shape = &session->context->shape;
     uint64_t left = window_first(op->request) + window_tokens(op->request) - op->at;
+    bool by_device = winnow_parts_taken(core, session);
     winnow_assert(left > 0);
     winnow_assert(left <= window_tokens(op->request));
     uint32_t stride = shape->v_width + 2, G = winnow_group_heads(shape);
-    op->n_pass = left < WINNOW_WINDOW_POSITIONS ? (uint32_t)left : WINNOW_WINDOW_POSITIONS;
+    uint32_t n_most =
+        by_device ? core->tiers.device->shape_options.n_window_positions : WINNOW_WINDOW_POSITIONS;
+    op->n_pass = left < n_most ? (uint32_t)left : n_most;
     op->cursor = (struct winnow_cursor){0};
-    op->chunk_first = op->chunk_next = 0;
+    op->chunk_first = op->chunk_next = op->chunk_sent = 0;
+    op->n_sent = 0;
+    op->all_sent = false;
+    op->state = by_device ? WINNOW_OP_QUERIES : WINNOW_OP_SEALED_KEYS;
+    if (by_device)
+        return;
     for (uint32_t head = 0; head < shape->n_kv_heads; head++) {
         float *partial = tile_partial(session, head, 0);
         memset(partial, 0, (size_t)op->n_pass * G * stride * sizeof(float));
         for (uint32_t row = 0; row < op->n_pass * G; row++)
             partial[(size_t)row * stride] = -INFINITY;
     }
-    op->state = WINNOW_OP_SEALED_KEYS;
 }
 
 /* True when every sealed block is attended. The items of chunk_first have all ended. */
@@ -377,6 +437,30 @@ static bool sealed_advance(struct winnow_core *core, struct winnow_session *sess
     if (chunk->state == WINNOW_CHUNK_READY && tiles_submit(core, session, chunk, sealed_run))
         chunk->state = WINNOW_CHUNK_RUNNING;
     return false;
+}
+
+/* True when every block is attended. */
+static bool keys_advance(struct winnow_core *core, struct winnow_session *session)
+{
+    if (winnow_parts_taken(core, session))
+        return winnow_parts_advance(core, session) &&
+               tiles_submit(core, session, NULL, outputs_run);
+    return sealed_advance(core, session) && tiles_submit(core, session, NULL, resident_run);
+}
+
+/* The device was lost with the window: the CPU begins it anew, once no read of it is out. */
+static bool window_restart(struct winnow_core *core, struct winnow_session *session)
+{
+    struct winnow_op *op = &session->op;
+    if (op->n_items > 0 || op->n_loads > 0)
+        return false;
+    for (uint32_t i = 0; i < 2; i++)
+        winnow_chunk_release(core, session, &op->pass->chunk[i]);
+    winnow_parts_give(core, session);
+    op->certificate.n_blocks_host = op->certificate.n_blocks_disk = 0;
+    op->at = window_first(op->request);
+    pass_begin(core, session);
+    return true;
 }
 
 // --- the machine --------------------------------------------------------------------------------
@@ -436,28 +520,36 @@ static bool advance_once(struct winnow_core *core, struct winnow_session *sessio
         op->state = WINNOW_OP_CONVERT;
         return true;
     case WINNOW_OP_CONVERT:
-        if (!convert_submit(core, session) || op->n_items > 0)
+        if (!convert_submit(core, session) || op->n_items > 0 || !winnow_parts_take(core, session))
             return false;
         session->context->layer[op->layer].held += window_tokens(op->request);
         winnow_seal_owe(session, op->layer);
         op->at = window_first(op->request);
         if (op->request->kind == WINNOW_REQUEST_EXACT) {
-            pass_begin(session);
+            pass_begin(core, session);
         } else {
             reply(core, session);
             op->state = WINNOW_OP_SEAL;
         }
         return true;
+    case WINNOW_OP_QUERIES:
+        if (!tiles_submit(core, session, NULL, queries_run))
+            return false;
+        op->state = WINNOW_OP_SEALED_KEYS;
+        return true;
     case WINNOW_OP_SEALED_KEYS:
-        if (!sealed_advance(core, session) || !tiles_submit(core, session, NULL, resident_run))
+        if (winnow_parts_taken(core, session) && core->tiers.device->lost)
+            return window_restart(core, session);
+        if (!keys_advance(core, session))
             return false;
         op->state = WINNOW_OP_RESIDENT_KEYS;
         return true;
     case WINNOW_OP_RESIDENT_KEYS:
         op->at += op->n_pass;
         if (op->at < window_first(op->request) + window_tokens(op->request)) {
-            pass_begin(session);
+            pass_begin(core, session);
         } else {
+            winnow_parts_give(core, session);
             reply(core, session);
             op->state = WINNOW_OP_SEAL;
         }
@@ -473,11 +565,17 @@ static bool advance_once(struct winnow_core *core, struct winnow_session *sessio
     }
 }
 
+/* Of the op's items: what is sent next does not wait for them. */
+static uint32_t parts_out(const struct winnow_core *core, const struct winnow_session *session)
+{
+    return winnow_parts_taken(core, session) ? core->tiers.device->n_parts : 0;
+}
+
 void winnow_window_advance(struct winnow_core *core, struct winnow_session *session)
 {
     struct winnow_op *op = &session->op;
     winnow_assert(op->pass);
-    while (op->n_items == 0 || op->state == WINNOW_OP_CONVERT)
+    while (op->n_items == parts_out(core, session) || op->state == WINNOW_OP_CONVERT)
         if (!advance_once(core, session))
             break;
     if (op->failure < 0)

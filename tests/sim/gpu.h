@@ -16,7 +16,7 @@
 #include <string.h>
 #include <test.h>
 
-enum { SIM_GPU_LAUNCHES = 2 };
+enum { SIM_GPU_LAUNCHES = 2, SIM_GPU_PARTS = 2 };
 
 struct winnow_gpu_device {
     const uint8_t *arena;
@@ -41,6 +41,11 @@ struct sim_gpu_build {
     uint32_t *homes;
 };
 
+struct sim_gpu_part {
+    struct winnow_gpu_window_part part; /* its arrays are copies */
+    uint32_t n_polls;
+};
+
 struct winnow_gpu {
     struct winnow_gpu_device *device;
     struct winnow_gpu_options options;
@@ -55,6 +60,10 @@ struct winnow_gpu {
     uint32_t n_launches;
     struct sim_gpu_build build[WINNOW_GPU_BUILDS_MAX];
     int64_t n_tickets;
+    struct winnow_gpu_window_rows rows;
+    float *window_q, *window_partial; /* [n_kv_heads][n_window_positions][G] */
+    struct sim_gpu_part part[SIM_GPU_PARTS];
+    int64_t n_parts_sent, n_parts_done;
 };
 
 static struct sim_gpu {
@@ -65,6 +74,7 @@ static struct sim_gpu {
     uint64_t n_steps, n_whole;    /* items attended; those of mass 1 among them */
     uint64_t n_disk;              /* blocks reported on disk */
     uint64_t n_builds;            /* jobs done */
+    uint64_t n_windows, n_parts;  /* windows attended; parts of them */
     bool builds_held;             /* no job is complete before a poll that waits */
     bool is_open, failed;
 } sim_gpu;
@@ -96,6 +106,9 @@ static int sim_gpu_sizes(const struct winnow_gpu_options *options, struct winnow
     sizes->cache_bytes = (uint64_t)options->n_slots * winnow_block_bytes(shape);
     sizes->build_bytes = (uint64_t)WINNOW_GPU_BUILDS_MAX * shape->n_kv_heads *
                          options->segment_tokens * (shape->k_width + shape->v_width) * 2;
+    sizes->window_bytes = (uint64_t)shape->n_q_heads * options->n_window_positions *
+                          (shape->k_width + shape->v_width + 4) * sizeof(float);
+    sizes->window_host_bytes = sizes->window_bytes;
     snprintf(text, 256, "index %u segments, cache %u slots", options->n_segments_max,
              options->n_slots);
     return 0;
@@ -132,7 +145,8 @@ static int sim_gpu_create(struct winnow_gpu_device *device,
     sim_gpu_sizes(options, &sizes, text);
     if (sim_gpu_fails())
         return -EIO;
-    uint64_t n_bytes = sizes.index_bytes + sizes.tail_bytes + sizes.cache_bytes + sizes.build_bytes;
+    uint64_t n_bytes = sizes.index_bytes + sizes.tail_bytes + sizes.cache_bytes +
+                       sizes.build_bytes + sizes.window_bytes;
     CHECK(device->used_bytes + n_bytes <= device->memory_bytes);
     struct winnow_gpu *gpu = calloc(1, sizeof *gpu);
     gpu->device = device;
@@ -146,6 +160,12 @@ static int sim_gpu_create(struct winnow_gpu_device *device,
     gpu->n_segments = calloc(options->n_sessions_max, sizeof *gpu->n_segments);
     gpu->tails = malloc((size_t)options->n_sessions_max * shape->n_layers * shape->n_kv_heads *
                         gpu->n_tail_blocks * winnow_block_bytes(shape));
+    size_t n_rows = (size_t)shape->n_q_heads * options->n_window_positions;
+    gpu->rows.q = calloc(n_rows * shape->k_width + 1, sizeof(float));
+    gpu->rows.out = calloc(n_rows * shape->v_width + 1, sizeof(float));
+    gpu->rows.lse = calloc(n_rows + 1, sizeof(float));
+    gpu->window_q = calloc(n_rows * shape->k_width + 1, sizeof(float));
+    gpu->window_partial = calloc(n_rows * (shape->v_width + 2) + 1, sizeof(float));
     *ret_gpu = gpu;
     return 0;
 }
@@ -173,10 +193,26 @@ static void sim_gpu_index_free(struct winnow_gpu *gpu, uint32_t segment_slot, ui
     *index = (struct sim_gpu_index){0};
 }
 
+static void sim_gpu_part_free(struct sim_gpu_part *part)
+{
+    free((void *)(uintptr_t)part->part.n_blocks);
+    free((void *)(uintptr_t)part->part.homes);
+    free((void *)(uintptr_t)part->part.position);
+    free((void *)(uintptr_t)part->part.n_tokens);
+    *part = (struct sim_gpu_part){0};
+}
+
 static void sim_gpu_destroy(struct winnow_gpu *gpu)
 {
     if (!gpu)
         return;
+    for (uint32_t i = 0; i < SIM_GPU_PARTS; i++)
+        sim_gpu_part_free(&gpu->part[i]);
+    free(gpu->rows.q);
+    free(gpu->rows.out);
+    free(gpu->rows.lse);
+    free(gpu->window_q);
+    free(gpu->window_partial);
     for (uint32_t i = 0; i < SIM_GPU_LAUNCHES; i++)
         for (uint32_t k = 0; k < gpu->launch[i].n; k++)
             free(gpu->launch[i].input[k]);
@@ -652,6 +688,93 @@ static int sim_gpu_build_poll(struct winnow_gpu *gpu, int64_t ticket, bool wait,
     return 1;
 }
 
+static void sim_gpu_window_rows(struct winnow_gpu *gpu, struct winnow_gpu_window_rows *rows)
+{
+    *rows = gpu->rows;
+}
+
+static int64_t sim_gpu_window(struct winnow_gpu *gpu, const struct winnow_gpu_window_part *part)
+{
+    const struct winnow_gpu_options *options = &gpu->options;
+    size_t n_heads = options->shape.n_kv_heads, n = options->n_window_blocks;
+    uint32_t n_most = 0;
+    for (uint32_t head = 0; head < n_heads; head++) {
+        CHECK(part->n_blocks[head] <= n);
+        CHECK(part->is_last || part->n_blocks[head] % WINNOW_GROUP_BLOCKS == 0);
+        CHECK(!part->position || part->n_blocks[head] == part->n_blocks[0]);
+        n_most = part->n_blocks[head] > n_most ? part->n_blocks[head] : n_most;
+    }
+    CHECK(part->n_pos > 0 && part->n_pos <= options->n_window_positions);
+    CHECK(gpu->n_parts_sent - gpu->n_parts_done < SIM_GPU_PARTS);
+    if (sim_gpu_fails())
+        return -EIO;
+    struct sim_gpu_part *to = &gpu->part[gpu->n_parts_sent % SIM_GPU_PARTS];
+    *to = (struct sim_gpu_part){
+        .part = *part, .n_polls = sim_gpu.rng ? (uint32_t)winnow_rng_below(sim_gpu.rng, 4) : 0};
+    to->part.n_blocks = sim_gpu_copy(part->n_blocks, n_heads * sizeof *part->n_blocks);
+    to->part.homes = sim_gpu_copy(part->homes, n_heads * n * sizeof *part->homes);
+    to->part.position =
+        part->position ? sim_gpu_copy(part->position, n_most * sizeof *part->position) : NULL;
+    to->part.n_tokens =
+        part->position ? sim_gpu_copy(part->n_tokens, n_most * sizeof *part->n_tokens) : NULL;
+    return ++gpu->n_parts_sent;
+}
+
+/* One head of a part. */
+static void sim_gpu_part_head(struct winnow_gpu *gpu, const struct winnow_gpu_window_part *part,
+                              uint32_t head)
+{
+    const struct winnow_model_shape *shape = &gpu->options.shape;
+    size_t G = shape->n_q_heads / shape->n_kv_heads, n_pos = gpu->options.n_window_positions;
+    size_t row = head * n_pos * G, stride = shape->v_width + 2;
+    float *q = gpu->window_q + row * shape->k_width, *partial = gpu->window_partial + row * stride;
+    size_t scratch_bytes = sim_gpu.kernels->window_scratch_bytes(shape, part->n_pos);
+    void *scratch = aligned_alloc(64, (scratch_bytes + 64) / 64 * 64);
+    if (part->is_first) {
+        memcpy(q, gpu->rows.q + row * shape->k_width, part->n_pos * G * shape->k_width * sizeof *q);
+        memset(partial, 0, part->n_pos * G * stride * sizeof *partial);
+        for (uint32_t i = 0; i < part->n_pos * G; i++)
+            partial[i * stride] = -INFINITY;
+    }
+    for (uint32_t i = 0; i < part->n_blocks[head]; i += WINNOW_GROUP_BLOCKS) {
+        const void *block[WINNOW_GROUP_BLOCKS];
+        uint64_t position[WINNOW_GROUP_BLOCKS];
+        uint32_t n_tokens[WINNOW_GROUP_BLOCKS], n = 0;
+        for (; n < WINNOW_GROUP_BLOCKS && i + n < part->n_blocks[head]; n++) {
+            size_t at = head * (size_t)gpu->options.n_window_blocks + i + n;
+            block[n] = gpu->device->arena + (size_t)part->homes[at] * 4096;
+            position[n] = part->position ? part->position[i + n] : UINT64_MAX;
+            n_tokens[n] = part->position ? part->n_tokens[i + n] : WINNOW_BLOCK_TOKENS;
+        }
+        sim_gpu.kernels->attend_window(shape, part->n_pos, part->first, q, n, block, position,
+                                       n_tokens, partial, scratch);
+    }
+    for (size_t pos = 0; part->is_last && pos < part->n_pos; pos++)
+        sim_gpu.kernels->finish(shape, partial + pos * G * stride,
+                                gpu->rows.out + (row + pos * G) * shape->v_width,
+                                gpu->rows.lse + row + pos * G);
+    free(scratch);
+}
+
+static int sim_gpu_window_poll(struct winnow_gpu *gpu, int64_t ticket, bool wait)
+{
+    if (sim_gpu_fails())
+        return -EIO;
+    CHECK(ticket > 0 && ticket <= gpu->n_parts_sent);
+    while (gpu->n_parts_done < ticket) {
+        struct sim_gpu_part *part = &gpu->part[gpu->n_parts_done % SIM_GPU_PARTS];
+        if (!wait && part->n_polls-- > 0)
+            return 0;
+        for (uint32_t head = 0; head < gpu->options.shape.n_kv_heads; head++)
+            sim_gpu_part_head(gpu, &part->part, head);
+        sim_gpu.n_parts++;
+        sim_gpu.n_windows += part->part.is_last;
+        sim_gpu_part_free(part);
+        gpu->n_parts_done++;
+    }
+    return 1;
+}
+
 static int sim_gpu_counters(struct winnow_gpu *gpu, uint32_t layer,
                             struct winnow_gpu_counters *counters)
 {
@@ -681,6 +804,9 @@ static const struct winnow_gpu_api sim_gpu_api = {
     .poll = sim_gpu_poll,
     .build = sim_gpu_build,
     .build_poll = sim_gpu_build_poll,
+    .window_rows = sim_gpu_window_rows,
+    .window = sim_gpu_window,
+    .window_poll = sim_gpu_window_poll,
     .counters = sim_gpu_counters,
     .kernels = sim_gpu_kernels,
 };

@@ -360,6 +360,7 @@ static void stats_take(const Winnow__V1__StatsReply *reply, winnow_stats *stats)
     TAKE(device_misses);
     TAKE(device_evictions);
     TAKE(device_unfit);
+    TAKE(device_windows);
 #undef TAKE
 }
 

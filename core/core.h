@@ -91,8 +91,9 @@ struct winnow_core_stats {
     uint64_t n_steps[5]; /* by verdict */
     uint64_t n_second_rounds, n_exact_windows;
     uint64_t n_blocks_total, n_blocks_device, n_blocks_host, n_blocks_disk;
-    uint64_t n_device_steps, n_device_launches; /* answered by the GPU; not of one session */
-    struct winnow_gpu_counters device;          /* its cache, of the shape that it serves */
+    uint64_t n_device_steps, n_device_windows, n_device_launches; /* answered by the GPU; launches:
+                                                                     not of one session */
+    struct winnow_gpu_counters device; /* its cache, of the shape that it serves */
     uint64_t read_bytes_attend, read_bytes_exact, read_bytes_readahead, read_bytes_truncate;
     uint64_t written_bytes;
     uint64_t n_errors[134];          /* by errno */

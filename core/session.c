@@ -206,6 +206,7 @@ static void stats_add(struct winnow_core_stats *sum, const struct winnow_core_st
     for (int i = 0; i < 5; i++)
         sum->n_steps[i] += one->n_steps[i];
     sum->n_device_steps += one->n_device_steps;
+    sum->n_device_windows += one->n_device_windows;
     sum->n_second_rounds += one->n_second_rounds;
     sum->n_exact_windows += one->n_exact_windows;
     sum->n_blocks_total += one->n_blocks_total;

@@ -549,6 +549,7 @@ static bool advance_once(struct winnow_core *core, struct winnow_session *sessio
         if (op->at < window_first(op->request) + window_tokens(op->request)) {
             pass_begin(core, session);
         } else {
+            session->stats.n_device_windows += winnow_parts_taken(core, session);
             winnow_parts_give(core, session);
             reply(core, session);
             op->state = WINNOW_OP_SEAL;

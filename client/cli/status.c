@@ -192,9 +192,10 @@ static void print_status(const struct winnow_link *link, const Winnow__V1__Stats
         100 * cli_ratio(n_read, s->blocks_total), (double)s->mass_mean,
         100 * cli_ratio(s->steps_short, count_steps(s)), count_steps(s));
     if (strcmp(s->gpu, "off"))
-        printf("gpu    %s  %" PRIu64 " steps in %" PRIu64 " launches  %.1f %% of the blocks read "
+        printf("gpu    %s  %" PRIu64 " steps in %" PRIu64 " launches, %" PRIu64
+               " windows  %.1f %% of the blocks read "
                "found in its cache  evicted %" PRIu64 ", no slot for %" PRIu64 "\n",
-               s->gpu, s->device_steps, s->device_launches,
+               s->gpu, s->device_steps, s->device_launches, s->device_windows,
                100 * cli_ratio(s->blocks_device, n_read), s->device_evictions, s->device_unfit);
     print_sessions(s);
     struct cli_warning warning[CLI_N_WARNINGS_MAX];

@@ -92,6 +92,7 @@ static void set_totals(const struct winnow_core_stats *stats, Winnow__V1__StatsR
     reply->device_misses = stats->device.n_misses;
     reply->device_evictions = stats->device.n_evictions;
     reply->device_unfit = stats->device.n_unfit;
+    reply->device_windows = stats->n_device_windows;
 }
 
 static void set_daemon(const struct winnow_rpc *rpc, const struct winnow_store_facts *facts,

@@ -91,6 +91,8 @@ static void test_gpu__same_bits_used_and_lost(void)
     const winnow_stats *of_gpu = &gpu.stats;
     CHECK_EQ(cpu.stats.device_launches, 0);
     CHECK_EQ(of_gpu->device_steps, N_LAYERS * N_STEPS);
+    CHECK_EQ(of_gpu->device_windows, of_gpu->exact_windows);
+    CHECK_EQ(cpu.stats.device_windows, 0);
     CHECK_EQ(of_gpu->device_launches, of_gpu->device_steps);
     CHECK(of_gpu->device_misses > 0 && of_gpu->device_misses == of_gpu->device_unfit);
     CHECK_EQ(of_gpu->blocks_host, cpu.stats.blocks_host); /* its caches are none */

@@ -211,9 +211,9 @@ typedef struct winnow_stats {
     uint64_t rss_bytes, rss_peak_bytes, printed_bytes;
     float mass_mean;
     /* Of a GPU: steps it answered, in so many launches; blocks that these found in its cache, or
-     * not (unfit: no slot was free for them). */
+     * not (unfit: no slot was free for them); of exact_windows, those it attended. */
     uint64_t device_steps, device_launches;
-    uint64_t device_hits, device_misses, device_evictions, device_unfit;
+    uint64_t device_hits, device_misses, device_evictions, device_unfit, device_windows;
 } winnow_stats;
 #define WINNOW_STATS WINNOW_INIT(winnow_stats)
 

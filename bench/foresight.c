@@ -3,11 +3,13 @@
  * its selection ends, on real attention. What is known can cross the link while the index is
  * scanned, when the link would be idle.
  *
- * Cache: least recently used of a share of the head's blocks. Blocks fetched early enter it too,
- * those in vain as well. Ways to know:
+ * Cache: least recently used of a share of the head's blocks. Blocks fetched early lie beside it
+ * until the step ends; those selected then enter it as all selected do. Ways to know:
  *
  *   scan      key of this step's estimates over the last step's totals, above its threshold + m nat
  *   reserve   what stood next in line last step, up to mass P + (1 - P) / 2
+ *   in cache  as scan + .25, but blocks fetched early take slots of the cache, those unused for
+ *             longest, before selection, and leave first where they were not selected
  *
  * Figures are in % of the blocks selected: found in the cache; fetched early and selected; fetched
  * after selection; fetched early in vain.
@@ -22,15 +24,17 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { N_BLOCKS_MAX = 512, N_WARM = 32, N_SHARES = 2, N_MASSES = 3, N_WAYS = 6 };
+enum { N_BLOCKS_MAX = 512, N_WARM = 32, N_SHARES = 2, N_MASSES = 3, N_WAYS = 8 };
 static const float masses[N_MASSES] = {0.8f, 0.9f, 0.95f};
 static const float cache_shares[N_SHARES] = {0.05f, 0.10f};
 static const struct {
     const char *name;
     double margin; /* of the scan; NAN: it fetches nothing */
-    bool with_reserve;
-} ways[N_WAYS] = {{"nothing", NAN, false},   {"scan + 0", 0, false}, {"scan + .25", 0.25, false},
-                  {"scan + .5", 0.5, false}, {"scan + 1", 1, false}, {"reserve", NAN, true}};
+    bool with_reserve, in_cache;
+} ways[N_WAYS] = {{"nothing", NAN, false, false},   {"scan - .5", -0.5, false, false},
+                  {"scan + 0", 0, false, false},    {"scan + .25", 0.25, false, false},
+                  {"scan + .5", 0.5, false, false}, {"scan + 1", 1, false, false},
+                  {"reserve", NAN, true, false},    {"in cache", 0.25, false, true}};
 
 struct tally {
     double n_selected, n_hits, n_early, n_late, n_vain;
@@ -46,7 +50,7 @@ struct past {
     uint32_t n_steps;
     double ln_total[WINNOW_GQA_MAX], threshold;    /* of the last step */
     uint8_t reserve[N_BLOCKS_MAX];                 /* of the last step */
-    uint32_t used[N_SHARES][N_WAYS][N_BLOCKS_MAX]; /* step + 1 of the last use; 0: not cached */
+    uint32_t used[N_SHARES][N_WAYS][N_BLOCKS_MAX]; /* 0: not cached; last use: step + 2; 1: none */
 };
 
 struct foresight {
@@ -67,16 +71,19 @@ static double key_over(const struct winnow_selection *sel, const double *ln_tota
     return log(sum);
 }
 
-static void cache_trim(uint32_t *used, uint32_t n_blocks, uint32_t n_slots)
+/* To n_slots blocks, those used longest ago first, none of kept. */
+static void cache_trim(uint32_t *used, const bool *kept, uint32_t n_blocks, uint32_t n_slots)
 {
     uint32_t n = 0;
     for (uint32_t b = 0; b < n_blocks; b++)
         n += used[b] != 0;
     for (; n > n_slots; n--) {
-        uint32_t oldest = 0;
+        uint32_t oldest = n_blocks;
         for (uint32_t b = 0; b < n_blocks; b++)
-            if (used[b] && (!used[oldest] || used[b] < used[oldest]))
+            if (used[b] && !kept[b] && (oldest == n_blocks || used[b] < used[oldest]))
                 oldest = b;
+        if (oldest == n_blocks)
+            return;
         used[oldest] = 0;
     }
 }
@@ -85,20 +92,29 @@ static void step(const struct past *past, uint32_t way, uint32_t n_slots, uint32
                  const struct winnow_selection *sel, struct tally *tally)
 {
     struct tally t = {0};
+    bool early[N_BLOCKS_MAX] = {0}, none[N_BLOCKS_MAX] = {0};
+    uint32_t n_early = 0;
     for (uint32_t b = 0; b < sel->n_blocks; b++) {
-        bool is_selected = sel->selected[b] != 0, is_cached = used[b] != 0;
-        bool is_early = (ways[way].with_reserve && past->reserve[b]) ||
+        bool is_known = (ways[way].with_reserve && past->reserve[b]) ||
                         key_over(sel, past->ln_total, b) >= past->threshold + ways[way].margin;
-        is_early &= !is_cached;
+        early[b] = is_known && !used[b] && (!ways[way].in_cache || n_early < n_slots);
+        n_early += early[b];
+        if (early[b] && ways[way].in_cache)
+            used[b] = 1;
+    }
+    if (ways[way].in_cache)
+        cache_trim(used, early, sel->n_blocks, n_slots);
+    for (uint32_t b = 0; b < sel->n_blocks; b++) {
+        bool is_selected = sel->selected[b] != 0, is_cached = used[b] && !early[b];
         t.n_selected += is_selected;
         t.n_hits += is_selected && is_cached;
-        t.n_early += is_selected && is_early;
-        t.n_late += is_selected && !is_cached && !is_early;
-        t.n_vain += !is_selected && is_early;
-        if (is_selected || is_early)
-            used[b] = past->n_steps + 1;
+        t.n_early += is_selected && early[b];
+        t.n_late += is_selected && !is_cached && !early[b];
+        t.n_vain += !is_selected && early[b];
+        if (is_selected)
+            used[b] = past->n_steps + 2;
     }
-    cache_trim(used, sel->n_blocks, n_slots);
+    cache_trim(used, none, sel->n_blocks, n_slots);
     if (past->n_steps < N_WARM)
         return;
     tally->n_selected += t.n_selected;

@@ -349,6 +349,8 @@ void winnow_device_counters(struct winnow_device *device, struct winnow_gpu_coun
         sum->n_misses += one.n_misses;
         sum->n_evictions += one.n_evictions;
         sum->n_unfit += one.n_unfit;
+        sum->n_ahead += one.n_ahead;
+        sum->n_ahead_used += one.n_ahead_used;
     }
 }
 

@@ -16,7 +16,8 @@
  *   index     segment slots: the index of S tokens, all layers and KV heads, device layout
  *   slots     the cache: blocks of layout 2, shared by layers, heads and sessions; a hand a layer
  *   tails     session slots: sinks, and a ring of tail blocks, of every layer and KV head
- *   scratch   estimates, lists and partials of one launch
+ *   scratch   estimates, lists and partials of one launch, and a stage for blocks that it fetches
+ *             before it has selected
  *   builds    keys, values and results of the jobs that are out
  *   window    queries, outputs and sums of one window, blocks of two parts of it
  * Every sealed block has a **home**: its offset in the host arena in pages of 4,096 bytes, or
@@ -136,6 +137,7 @@ struct winnow_gpu_window_part {
 
 struct winnow_gpu_counters { /* since create, of one layer; whole items are not counted */
     uint64_t n_hits, n_misses, n_evictions, n_unfit;
+    uint64_t n_ahead, n_ahead_used; /* fetched before selection; of them selected: misses too */
 };
 
 struct winnow_gpu_api {

@@ -43,7 +43,7 @@ struct row {
     uint32_t n_layers;
     spread time;
     double rate; /* GB/s, 0: none */
-    char note[160];
+    char note[200];
 };
 
 void print(const row &r)
@@ -203,9 +203,9 @@ void layer_run(planted *p, const stopwatch &w, double share, double hits, const 
 {
     const stack &s = p->s;
     row r = {what, s.n_tokens, s.batch, share, hits, s.n_layers, {}, 0, ""};
-    stack_seen seen = {};
 
     planted_hits(p, hits);
+    stack_seen seen = stack_seen_begin(s);
     r.time = stack_time(s, w, STACK_N_STAGES, [&] { planted_restore(*p); });
     stack_seen_add(&seen, s);
     stack_seen_text(seen, s, r.note);
@@ -246,7 +246,7 @@ void steps_run(planted *p, const stopwatch &w, double share)
     stack &s = p->s;
     const winnow_gpu_view &view = s.gpu->layout.view;
     row r = {"steps", s.n_tokens, s.batch, share, -1, s.n_layers, {}, 0, ""};
-    stack_seen seen = {};
+    stack_seen seen;
     uint32_t n_steps = 0;
     auto step = [&] {
         if (n_steps > N_WARM)
@@ -269,6 +269,7 @@ void steps_run(planted *p, const stopwatch &w, double share)
             stack_layer_put(s, l, STACK_N_STAGES);
         ok(cudaStreamSynchronize(s.gpu->stream), "step");
     }
+    seen = stack_seen_begin(s);
     r.time = stack_time(s, w, STACK_N_STAGES, step);
     stack_seen_text(seen, s, r.note);
     print(r);

@@ -255,11 +255,34 @@ inline void stack_cache_empty(const stack &s)
     ok(cudaDeviceSynchronize(), "empty");
 }
 
+/* Of all layers. */
+inline struct winnow_gpu_counters stack_counters(const stack &s)
+{
+    struct winnow_gpu_counters sum = {};
+
+    for (const struct winnow_gpu_counters &of :
+         device_read(s.gpu->layout.view.counters, s.n_layers)) {
+        sum.n_hits += of.n_hits;
+        sum.n_misses += of.n_misses;
+        sum.n_ahead += of.n_ahead;
+        sum.n_ahead_used += of.n_ahead_used;
+    }
+    return sum;
+}
+
 /* What certificates say, summed over items. */
 struct stack_seen {
+    struct winnow_gpu_counters before;
     double n_items, n_rounds, n_blocks, n_device, n_unfit, mass_least;
     std::vector<double> of_step; /* blocks */
 };
+
+inline stack_seen stack_seen_begin(const stack &s)
+{
+    stack_seen seen = {};
+    seen.before = stack_counters(s);
+    return seen;
+}
 
 /* Adds the last step's. Ends the program where an item failed. */
 inline void stack_seen_add(stack_seen *seen, const stack &s)
@@ -286,16 +309,21 @@ inline void stack_seen_add(stack_seen *seen, const stack &s)
     seen->of_step.push_back(seen->n_blocks - n_before);
 }
 
-inline void stack_seen_text(stack_seen seen, const stack &s, char text[160])
+inline void stack_seen_text(stack_seen seen, const stack &s, char text[200])
 {
     double n_all = (double)s.n_units * s.n_blocks * s.n_layers,
            n_steps = (double)seen.of_step.size();
     auto middle = seen.of_step.begin() + seen.of_step.size() / 2;
+    struct winnow_gpu_counters n = stack_counters(s);
+    double n_ahead = (double)(n.n_ahead - seen.before.n_ahead),
+           n_early = (double)(n.n_ahead_used - seen.before.n_ahead_used),
+           n_missing = std::max(1.0, (double)(n.n_misses - seen.before.n_misses));
 
     std::nth_element(seen.of_step.begin(), middle, seen.of_step.end());
-    snprintf(text, 160,
-             "read %.3g %% (median %.3g); found %.3f; rounds %.2f; least mass %.4f; unfit %.4f",
+    snprintf(text, 200,
+             "read %.3g %% (median %.3g); found %.3f; rounds %.2f; least mass %.4f; unfit %.4f; "
+             "of what was missing foreseen %.3f and in vain %.3f",
              100 * seen.n_blocks / n_all / n_steps, 100 * *middle / n_all,
              seen.n_device / seen.n_blocks, seen.n_rounds / seen.n_items, seen.mass_least,
-             seen.n_unfit / seen.n_blocks);
+             seen.n_unfit / seen.n_blocks, n_early / n_missing, (n_ahead - n_early) / n_missing);
 }

@@ -258,9 +258,9 @@ void run(traces *of, uint32_t n_tokens, uint32_t batch)
 {
     const traces &t = *of;
     stack s;
-    stack_seen seen = {};
+    stack_seen seen;
     uint32_t n_steps = 0;
-    char note[160];
+    char note[200];
     auto step = [&] {
         if (n_steps > N_WARM)
             stack_seen_add(&seen, s);
@@ -281,6 +281,7 @@ void run(traces *of, uint32_t n_tokens, uint32_t batch)
             stack_layer_put(s, l, STACK_N_STAGES);
         ok(cudaStreamSynchronize(s.gpu->stream), "step");
     }
+    seen = stack_seen_begin(s);
     spread time = stack_time(s, w, STACK_N_STAGES, step);
     stack_seen_text(seen, s, note);
     printf("traces,%u,%u,0,0,%u,%.2f,%.2f,%.1f,%s\n", n_tokens, batch, N_LAYERS, time.us,

@@ -27,7 +27,7 @@ constexpr float SHARE_ONE = 0x1p31f; /* T: shares in bins are words, added by on
 static_assert(N_BINS == 32 * 32, "two levels of a warp");
 
 /* Where listed blocks were found. */
-enum { FOUND_DEVICE, FOUND_HOST, FOUND_UNFIT, FOUND_DISK, FOUND_EVICTION, N_FOUND };
+enum { FOUND_DEVICE, FOUND_HOST, FOUND_UNFIT, FOUND_DISK, FOUND_EVICTION, FOUND_AHEAD, N_FOUND };
 
 /* Shared, of a thread block. Rows: one a query head, of shares of T; the last, of counts. */
 struct alignas(16) memory {

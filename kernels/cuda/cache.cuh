@@ -22,13 +22,14 @@
 #include <kernels/cuda/view.h>
 
 struct winnow_gpu_resolved {
-    uint32_t place;    /* winnow_gpu_listed's */
-    uint32_t home;     /* host block, when it has to be fetched */
-    bool is_hit;       /* found in a slot, complete */
-    bool has_to_wait;  /* its slot is filled in this launch */
-    bool has_to_fetch; /* and by the caller's order */
-    bool is_unfit;     /* on the host, no slot free */
-    bool is_eviction;  /* its slot held another block */
+    uint32_t place;      /* winnow_gpu_listed's */
+    uint32_t home, slot; /* when it has to be fetched: winnow_gpu_fetch's */
+    bool is_hit;         /* found in a slot, complete */
+    bool has_to_wait;    /* its slot is filled in this launch */
+    bool has_to_fetch;   /* and by the caller's order */
+    bool is_unfit;       /* on the host, no slot free */
+    bool is_eviction;    /* its slot held another block */
+    bool is_ahead;       /* missed, but fetched beside the scan: its place is on the stage */
 };
 
 /* A unit's layer and head in the index. */
@@ -46,6 +47,19 @@ constexpr uint32_t WHOLE_AGE = UINT32_C(1) << 30; /* older than what any sparse 
 
 typedef cuda::atomic_ref<uint32_t, cuda::thread_scope_device> atomic_u32;
 typedef cuda::atomic_ref<uint64_t, cuda::thread_scope_device> atomic_u64;
+
+static __device__ bool is_slot_of(const winnow_gpu_view &view, uint32_t layer, uint32_t loc)
+{
+    return loc != 0 && loc - 1 - layer * view.n_slots_layer < view.n_slots_layer;
+}
+
+/* loc names the block's place on the stage, where this launch has brought it. */
+static __device__ bool is_staged(const winnow_gpu_view &view, const winnow_gpu_place &unit,
+                                 uint32_t block_id, uint32_t loc)
+{
+    return loc != 0 && loc - 1 - view.n_layers * view.n_slots_layer < view.n_stage &&
+           view.slot_word[loc - 1] == ((block_id + UINT64_C(1)) << 32 | unit.stamp);
+}
 
 /* A window of slots of its own for every caller of the warp that is here now. */
 static __device__ uint32_t hand_take(uint32_t *hand)
@@ -125,17 +139,21 @@ static __device__ bool slot_take(const winnow_gpu_view &view, const winnow_gpu_p
 /* The holder of loc gives the block a slot, the host or the disk as its place, and loc back. */
 static __device__ winnow_gpu_resolved place_missing(const winnow_gpu_view &view,
                                                     const winnow_gpu_place &unit, uint32_t block_id,
-                                                    uint32_t home, uint32_t *loc)
+                                                    uint32_t home, uint32_t loc_old, uint32_t *loc)
 {
-    winnow_gpu_resolved block = {WINNOW_GPU_ON_DISK, home, false, false, false, false, false};
-    uint32_t slot, loc_new = 0;
+    winnow_gpu_resolved block = {WINNOW_GPU_ON_DISK, home};
+    uint32_t loc_new = 0;
 
     if (home != WINNOW_GPU_ON_DISK) {
-        block.has_to_fetch = slot_take(view, unit, block_id, &slot, &block.is_eviction);
-        block.has_to_wait = block.has_to_fetch;
+        block.is_ahead = is_staged(view, unit, block_id, loc_old);
+        block.home = block.is_ahead ? WINNOW_GPU_FROM_STAGE | (loc_old - 1) : home;
+        block.has_to_fetch = slot_take(view, unit, block_id, &block.slot, &block.is_eviction);
+        block.has_to_wait = block.has_to_fetch && !block.is_ahead;
         block.is_unfit = !block.has_to_fetch;
-        block.place = block.has_to_fetch ? slot : WINNOW_GPU_FROM_HOST | home;
-        loc_new = block.has_to_fetch ? slot + 1 : 0;
+        block.place = block.is_ahead       ? loc_old - 1
+                      : block.has_to_fetch ? block.slot
+                                           : WINNOW_GPU_FROM_HOST | home;
+        loc_new = block.has_to_fetch ? block.slot + 1 : 0;
     }
     atomic_u32(*loc).store(loc_new, cuda::memory_order_release);
     return block;
@@ -193,12 +211,12 @@ static __device__ winnow_gpu_resolved winnow_gpu_resolve(const winnow_gpu_view &
             at = loc.load(cuda::memory_order_acquire);
             continue;
         }
-        if (at != 0 && (at - 1) / view.n_slots_layer == unit.layer &&
+        if (is_slot_of(view, unit.layer, at) &&
             word_stamp(view.slot_word + at - 1, block_id, unit, &word)) {
             bool is_filling = word & WINNOW_GPU_FETCHING;
-            return {at - 1, home, !is_filling, is_filling, false, false, false};
+            return {at - 1, home, 0, !is_filling, is_filling};
         }
         if (loc.compare_exchange_strong(at, PLACING, cuda::memory_order_acquire))
-            return place_missing(view, unit, block_id, home, loc_at);
+            return place_missing(view, unit, block_id, home, at, loc_at);
     }
 }

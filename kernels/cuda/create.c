@@ -77,7 +77,7 @@ static cudaError_t host_create(struct winnow_gpu *gpu)
 static cudaError_t memory_clear(struct winnow_gpu *gpu)
 {
     const struct winnow_gpu_view *view = &gpu->layout.view;
-    uint64_t n_slots = (uint64_t)view->n_slots_layer * view->n_layers;
+    uint64_t n_slots = (uint64_t)view->n_slots_layer * view->n_layers + view->n_stage;
     uint64_t n_units = (uint64_t)gpu->options.n_items_max * view->n_kv_heads;
     cudaError_t error = cudaMemsetAsync(gpu->memory, 0xff, gpu->layout.n_bytes, gpu->stream);
 
@@ -91,8 +91,10 @@ static cudaError_t memory_clear(struct winnow_gpu *gpu)
     if (error == cudaSuccess)
         error = cudaMemsetAsync(view->tally, 0, sizeof *view->tally, gpu->stream);
     if (error == cudaSuccess)
-        error = cudaMemsetAsync(view->unit_tally, 0, n_units * sizeof *view->unit_tally,
-                                gpu->stream);
+        error =
+            cudaMemsetAsync(view->unit_tally, 0, n_units * sizeof *view->unit_tally, gpu->stream);
+    if (error == cudaSuccess)
+        error = cudaMemsetAsync(view->ahead, 0, view->n_stage * sizeof *view->ahead, gpu->stream);
     return error;
 }
 

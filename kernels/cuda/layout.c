@@ -14,7 +14,8 @@ enum {
     ALIGNMENT = 256,
     SEGMENT_TOKENS_MAX = 16384,
     WINDOW_POSITIONS_MAX = 65536,
-    WINDOW_BLOCKS_MAX = 65536
+    WINDOW_BLOCKS_MAX = 65536,
+    STAGE_EACH = 256, /* blocks of a launch for a place on the stage */
 };
 
 static uint64_t times(uint64_t a, uint64_t b)
@@ -92,8 +93,8 @@ static int check_ranges(const struct winnow_gpu_options *o, char text[256])
                  (unsigned long long)o->n_launch_blocks_max, o->shape.n_kv_heads);
         return -EOVERFLOW;
     }
-    if (o->n_slots >= UINT32_C(1) << 31) {
-        snprintf(text, 256, "n_slots %u: above 2^31", o->n_slots);
+    if (o->n_slots > INT32_MAX - times(o->n_launch_blocks_max, o->shape.n_kv_heads) / STAGE_EACH) {
+        snprintf(text, 256, "n_slots %u: above 2^31, with the stage", o->n_slots);
         return -EOVERFLOW;
     }
     return 0;
@@ -119,6 +120,7 @@ static struct winnow_gpu_view view_of(const struct winnow_gpu_options *o)
         .n_slots_layer = o->n_slots / shape->n_layers,
         .n_session_segments_max = o->n_session_segments_max,
         .n_fetchers = o->n_fetchers ? o->n_fetchers : 16,
+        .n_ahead = 8,
     };
 
     winnow_gpu_index_layout(&view);
@@ -159,7 +161,7 @@ static void resident_areas(struct winnow_gpu_layout *layout, const struct winnow
     struct winnow_gpu_view *view = &layout->view;
     struct winnow_gpu_sizes *sizes = &layout->sizes;
     uint64_t n_heads = times(view->n_layers, view->n_kv_heads);
-    uint64_t n_slots = (uint64_t)view->n_slots_layer * view->n_layers;
+    uint64_t n_slots = (uint64_t)view->n_slots_layer * view->n_layers + view->n_stage;
 
     view->segment_bytes = times(n_heads, view->unit_bytes);
     view->session_bytes =
@@ -179,6 +181,8 @@ static void resident_areas(struct winnow_gpu_layout *layout, const struct winnow
         layout, &view->session_segments,
         times(times(o->n_sessions_max, o->n_session_segments_max), sizeof *view->session_segments),
         &sizes->other_bytes);
+    area_add(layout, &view->past, times(o->n_sessions_max, n_heads * sizeof *view->past),
+             &sizes->other_bytes);
 }
 
 static void launch_areas(struct winnow_gpu_layout *layout, const struct winnow_gpu_options *o)
@@ -205,6 +209,7 @@ static void launch_areas(struct winnow_gpu_layout *layout, const struct winnow_g
     area_add(layout, &view->key, times(n, sizeof *view->key), of);
     area_add(layout, &view->selected, n, of);
     area_add(layout, &view->listed, times(n, sizeof *view->listed), of);
+    area_add(layout, &view->ahead, times(view->n_stage, sizeof *view->ahead), of);
     area_add(layout, &view->fetch, times(n, sizeof *view->fetch), of);
     area_add(layout, &view->ready,
              times(plus(n_partials, WINNOW_GPU_READY_SLACK), sizeof *view->ready), of);
@@ -349,6 +354,7 @@ int winnow_gpu_layout_init(struct winnow_gpu_layout *layout,
         return rc;
     layout->view = view_of(options);
     layout->n_blocks_max = options->n_launch_blocks_max * options->shape.n_kv_heads;
+    layout->view.n_stage = (uint32_t)(layout->n_blocks_max / STAGE_EACH);
     item_layout(layout);
     resident_areas(layout, options);
     build_areas(layout);

@@ -146,8 +146,8 @@ static __device__ void resolved_count(const winnow_gpu_resolved &block, bool is_
                                       memory *memory)
 {
     bool is_disk = block.place == WINNOW_GPU_ON_DISK;
-    bool is[N_FOUND] = {block.is_hit, !block.is_hit && !is_disk, block.is_unfit, is_disk,
-                        block.is_eviction};
+    bool is[N_FOUND] = {block.is_hit, !block.is_hit && !is_disk, block.is_unfit,
+                        is_disk,      block.is_eviction,         block.is_ahead};
 
     for (int k = 0; k < N_FOUND; k++) {
         uint32_t lanes = __ballot_sync(~0u, is_there && is[k]);
@@ -201,7 +201,7 @@ static __device__ void list_resolve(const winnow_gpu_view &view, const list &lis
         __syncthreads();
         winnow_gpu_work work = {list.unit_idx, list.group_first + i / 8};
         if (is_pushed[0])
-            view.fetch[memory->push_first[0] + place[0]] = {is.home, is.place};
+            view.fetch[memory->push_first[0] + place[0]] = {is.home, is.slot};
         if (is_pushed[1])
             view.ready[memory->push_first[1] + place[1]] = work;
         if (is_pushed[2])
@@ -229,6 +229,7 @@ static __device__ void counts_write(const winnow_gpu_view &view, winnow_gpu_unit
     add(&counters->n_misses, n[FOUND_HOST] + n[FOUND_DISK]);
     add(&counters->n_evictions, n[FOUND_EVICTION]);
     add(&counters->n_unfit, n[FOUND_UNFIT]);
+    add(&counters->n_ahead_used, n[FOUND_AHEAD]);
 }
 
 /* Queues all chunks of a unit. One warp. */

@@ -38,7 +38,8 @@ __device__ void item_list_disk(const winnow_gpu_view &view, const winnow_gpu_ite
                 uint2 x = __ldcg((const uint2 *)(view.listed + unit->block_first + first + lane));
                 listed = {x.x, x.y};
             }
-            bool is_slotless = listed.place & WINNOW_GPU_FROM_HOST; /* or on disk: all bits */
+            /* from the host, on disk (all bits), or staged: none of the cache's slots */
+            bool is_slotless = listed.place >= view.n_layers * view.n_slots_layer;
             uint32_t all = __ballot_sync(~0u, is_slotless);
             uint32_t at = n + __popc(all & ((1u << lane) - 1));
             if (is_slotless && at < item.n_disk_block_max)
@@ -67,6 +68,9 @@ __device__ void item_finish(const winnow_gpu_view &view, uint32_t item_idx)
         c.n_rounds = max(c.n_rounds, __ldcg(&unit->n_more) > 0 ? 2 : 1);
         c.n_blocks_device += __ldcg(&unit->n_device);
         c.n_blocks_host += __ldcg(&unit->n_host);
+        if (view.n_ahead > 0 && __ldcg(&unit->n_host) == 0)
+            view.past[(item.session * view.n_layers + item.layer) * view.n_kv_heads + h]
+                .key_foreseen = INFINITY; /* nothing is missing: nothing to look for */
         c.n_blocks_unfit += __ldcg(&unit->n_unfit);
         c.n_blocks_disk += __ldcg(&unit->n_disk);
         c.n_heads_spent += item.n_blocks_max &&

@@ -136,8 +136,12 @@ int winnow_gpu_session_set(struct winnow_gpu *gpu, uint32_t session, uint32_t n_
         if (segment_slots[i] >= gpu->options.n_segments_max)
             return -EINVAL;
     gpu->session[session].n_segments = n_segments;
-    if (n_segments == 0)
-        return 0;
+    uint64_t past_bytes = (uint64_t)view->n_layers * view->n_kv_heads * sizeof *view->past;
+    rc = winnow_gpu_device_check(gpu->device,
+                                 cudaMemsetAsync((uint8_t *)view->past + session * past_bytes, 0xff,
+                                                 past_bytes, gpu->stream));
+    if (rc < 0 || n_segments == 0)
+        return rc;
     rc = staging_take(gpu, &staging);
     if (rc < 0)
         return rc;

@@ -28,6 +28,7 @@
  * the heads of a segment one after the other (no gain beside the arithmetic), two records in
  * flight a warp (1 us slower at 32K).
  */
+#include <kernels/cuda/ahead.cuh>
 #include <kernels/cuda/edge.cuh>
 #include <kernels/cuda/record.cuh>
 #include <kernels/cuda/stage.h>
@@ -44,6 +45,7 @@ constexpr uint32_t NO_RECORD = 0xffffffffu;
 struct scan_unit {
     uint32_t record_first, record_end; /* of the launch */
     uint32_t segment_table;            /* its session's entries in session_segments */
+    uint32_t head, past;               /* of its layer and head: in a segment slot, in past */
     uint64_t offset;                   /* of its layer and head in a segment slot */
     const void *q;                     /* [G][k_width] */
 };
@@ -52,6 +54,7 @@ template <int KT, int NT> struct scan_memory {
     static constexpr uint32_t N_UNITS = KT * NT <= 4 ? 4 : 2; /* of a pass */
     alignas(16) query_operands<KT, NT> query[N_UNITS];
     scan_unit unit[N_UNITS];
+    ahead_past<NT> past[N_UNITS];
     uint32_t largest[N_UNITS][NT * 4];               /* ranks of the largest estimates */
     uint32_t unit_first;                             /* of the pass */
     uint32_t record[N_WARPS_MAX * N_SLOTS_WARP_MAX]; /* in each slot */
@@ -59,7 +62,7 @@ template <int KT, int NT> struct scan_memory {
 };
 
 struct scan_config { /* of a launch, from the host */
-    uint32_t n_warps, n_slots_warp, n_runs;
+    uint32_t n_warps, n_slots_warp;
 };
 
 __device__ const uint8_t *record_at(const winnow_gpu_view &view, const scan_unit &unit,
@@ -106,7 +109,7 @@ __device__ __noinline__ uint32_t pass_begin(const winnow_gpu_view &view, scan_it
 
     __syncthreads(); /* the pass before has read its units */
     if (threadIdx.x < N_UNITS)
-        memory->unit[threadIdx.x] = {end, end, 0, 0, nullptr};
+        memory->unit[threadIdx.x] = {end, end, 0, 0, 0, 0, nullptr};
     if (threadIdx.x < N_UNITS * NT * 4)
         memory->largest[0][threadIdx.x] = 0;
     if (at - item.record_first < item.n * item.n_heads)
@@ -117,7 +120,11 @@ __device__ __noinline__ uint32_t pass_begin(const winnow_gpu_view &view, scan_it
     for (uint32_t i = 0; i < N_UNITS; i++) {
         uint32_t head = unit_first + i - unit_idx, first = item.record_first + head * item.n;
         if (head < item.n_heads)
-            memory->unit[i] = {first, first + item.n, item.session * view.n_session_segments_max,
+            memory->unit[i] = {first,
+                               first + item.n,
+                               item.session * view.n_session_segments_max,
+                               item.layer * item.n_heads + head,
+                               (item.session * view.n_layers + item.layer) * item.n_heads + head,
                                (uint64_t)(item.layer * item.n_heads + head) * view.unit_bytes,
                                item.q + (size_t)head * head_bytes};
     }
@@ -191,6 +198,23 @@ __device__ void largest_store(const winnow_gpu_view &view, const scan_memory<KT,
         atomicMax(&view.unit_tally[memory.unit_first + i].largest[g], memory.largest[i][g]);
 }
 
+/* Blocks of a record that are foreseen, to those that fetch. */
+template <int KT, int NT>
+__device__ void foreseen_list(const winnow_gpu_view &view, const scan_memory<KT, NT> &memory,
+                              uint32_t unit_idx, uint32_t record, uint32_t lanes)
+{
+    const scan_unit &unit = memory.unit[unit_idx];
+    uint32_t lane = threadIdx.x % 32, span = view.span_blocks, id = 0;
+    uint32_t block = (record - unit.record_first) * RECORD_BLOCKS + lane / 4;
+    bool is_there = lanes >> lane & 1;
+
+    if (is_there) {
+        uint32_t slot = view.session_segments[unit.segment_table + block / span];
+        id = (slot * view.n_layers * view.n_kv_heads + unit.head) * span + block % span;
+    }
+    ahead_list(view, is_there, id);
+}
+
 /* All records of a run that fall to this warp; its slots are empty before and after. */
 template <int KT, int NT>
 __device__ void warp_scan(const winnow_gpu_view &view, const scan_run &run, uint32_t depth,
@@ -232,6 +256,8 @@ __device__ void warp_scan(const winnow_gpu_view &view, const scan_run &run, uint
             largest_raise(&warp->memory->largest[unit][g], ln_e[tile]);
             record_store<KT, NT>(view, record, tile, ln_e[tile]);
         }
+        if (uint32_t lanes = ahead_foreseen<NT>(warp->memory->past[unit], ln_e))
+            foreseen_list<KT, NT>(view, *warp->memory, unit, record, lanes);
     }
 }
 
@@ -262,6 +288,9 @@ __device__ void pass_scan(const winnow_gpu_view &view, const scan_config &config
         if (task < n_tasks)
             bits = head_load<KT>(view, memory->unit[task / (NT * 4)].q, task % (NT * 4));
     }
+    for (uint32_t i = threadIdx.x; i < memory->N_UNITS * NT * 4; i += blockDim.x)
+        ahead_past_load<NT>(view, memory->unit[i / (NT * 4)].past, i % (NT * 4),
+                            &memory->past[i / (NT * 4)]);
     __syncthreads();
     if (has_slots)
         warp_scan<KT, NT>(view, run, depth, warp);
@@ -285,21 +314,29 @@ __global__ void __launch_bounds__(32 * N_WARPS_MAX, 1)
                               0};
 
     later_kernel_launch();
+    uint32_t n_scanning = gridDim.x - ahead_n_fetching(view);
+    if (blockIdx.x >= n_scanning) {
+        ahead_run(view, n_scanning);
+        return;
+    }
     scan_item item = item_load(view);
     uint32_t n_records = view.launch->n_blocks / RECORD_BLOCKS;
     if (threadIdx.x < config.n_warps * n_slots)
         barrier_init(memory->barrier + threadIdx.x);
-    uint32_t n_runs = config.n_runs, run_idx = blockIdx.x % n_runs, member = blockIdx.x / n_runs;
-    uint32_t n_rest = gridDim.x % n_runs, n_members = gridDim.x / n_runs + (run_idx < n_rest);
-    uint32_t n_before = run_idx * (gridDim.x / n_runs) + min(run_idx, n_rest);
-    uint32_t n_each = n_records / gridDim.x, n_over = n_records % gridDim.x;
-    uint32_t at = n_each * n_before + n_over * n_before / gridDim.x;
-    uint32_t end = n_each * (n_before + n_members) + n_over * (n_before + n_members) / gridDim.x;
+    uint32_t n_runs = min(max(n_scanning / N_MEMBERS, 1u), (uint32_t)WINNOW_GPU_SCAN_RUNS_MAX);
+    uint32_t run_idx = blockIdx.x % n_runs, member = blockIdx.x / n_runs;
+    uint32_t n_rest = n_scanning % n_runs, n_members = n_scanning / n_runs + (run_idx < n_rest);
+    uint32_t n_before = run_idx * (n_scanning / n_runs) + min(run_idx, n_rest);
+    uint32_t n_each = n_records / n_scanning, n_over = n_records % n_scanning;
+    uint32_t at = n_each * n_before + n_over * n_before / n_scanning;
+    uint32_t end = n_each * (n_before + n_members) + n_over * (n_before + n_members) / n_scanning;
     uint32_t step = config.n_warps * n_members;
     scan_run run = {at + warp_idx * n_members + member, step, end, &view.tally->scan_next[run_idx],
                     end - at - step - 1};
-    if (at >= end)
+    if (at >= end) {
+        ahead_scan_end(view);
         return;
+    }
 
     uint32_t pass_end = pass_begin(view, item, memory, at, end);
     bool is_split = pass_end < end;
@@ -319,6 +356,7 @@ __global__ void __launch_bounds__(32 * N_WARPS_MAX, 1)
             break;
         pass_end = pass_begin(view, item, memory, at, end);
     }
+    ahead_scan_end(view);
 }
 
 typedef void scan_function(winnow_gpu_view, scan_config);
@@ -369,11 +407,11 @@ cudaError_t config_find(const winnow_gpu_view *view, const scan_version &version
     n_wanted = n_wanted > N_SLOTS_MIN ? n_wanted : N_SLOTS_MIN;
     n_slots = n_slots < n_wanted ? n_slots : n_wanted;
     uint32_t depth_max = major >= 9 ? N_SLOTS_WARP_MAX : 1; /* cp.async waits for all */
-    *config = {0, 1, 1};
+    *config = {0, 1};
     for (uint32_t depth = 1; depth <= depth_max; depth++) {
         uint32_t n_warps = n_slots / depth < N_WARPS_MAX ? n_slots / depth : N_WARPS_MAX;
         if (n_warps * depth > config->n_warps * config->n_slots_warp)
-            *config = {n_warps, depth, 1};
+            *config = {n_warps, depth};
     }
     *n_bytes = version.memory_bytes + config->n_warps * config->n_slots_warp * view->record_bytes;
     return config->n_warps ? cudaSuccess : cudaErrorInvalidConfiguration;
@@ -403,8 +441,6 @@ cudaError_t winnow_gpu_stage_scan(const struct winnow_gpu_view *view,
 
     if (rc != cudaSuccess)
         return rc;
-    uint32_t n_runs = grid->n_multiprocessors / N_MEMBERS, n_runs_max = WINNOW_GPU_SCAN_RUNS_MAX;
-    config.n_runs = n_runs < 1 ? 1 : n_runs > n_runs_max ? n_runs_max : n_runs;
     uint32_t n_threads = 32 * config.n_warps, n_threads_min = WINNOW_GPU_ITEMS_MAX;
     n_threads = n_threads < n_threads_min ? n_threads_min : n_threads; /* pass_begin: one an item */
     version.function<<<grid->n_multiprocessors, n_threads, n_bytes, stream>>>(*view, config);

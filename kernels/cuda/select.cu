@@ -33,6 +33,8 @@ namespace
 constexpr uint32_t N_THREADS = 1024, N_THREADS_SHORT = 256;
 constexpr uint32_t SHORT_BLOCKS_MAX = 512; /* of a unit: thread blocks share an SM */
 constexpr uint32_t KEPT_BYTES = 98304, KEPT_BYTES_SHORT = 8192; /* of shares */
+/* Nats above a step's threshold from which its next foresees a block (bench-foresight). */
+constexpr float AHEAD_MARGIN = 0.25f;
 
 /* What a thread block works on. */
 struct part {
@@ -309,8 +311,24 @@ __device__ void keys_write(const winnow_gpu_view &view, const part &part, memory
             shares_of(memory, part.n_group)[i * part.n_group];
 }
 
+/* For the session's next step. One warp. */
+__device__ void past_write(const winnow_gpu_view &view, const winnow_gpu_place &unit,
+                           uint32_t n_group, const memory *memory)
+{
+    uint32_t lane = threadIdx.x % 32, layer = unit.session * view.n_layers + unit.layer;
+    winnow_gpu_past *past = view.past + layer * view.n_kv_heads + unit.head;
+
+    if (lane < n_group)
+        past->ln_total[lane] = memory->m[lane] - logf(memory->to_share[lane]);
+    if (lane > 0)
+        return;
+    past->key_foreseen =
+        memory->n_selected ? rank_float(memory->key_smallest) + AHEAD_MARGIN : INFINITY;
+}
+
 /* One warp, after the team's last barrier. */
-__device__ void unit_write(const part &part, const memory *memory)
+__device__ void unit_write(const winnow_gpu_view &view, const part &part, const list &list,
+                           const memory *memory)
 {
     winnow_gpu_unit *unit = part.unit;
     uint32_t n = memory->n_selected, lane = threadIdx.x % 32;
@@ -318,6 +336,8 @@ __device__ void unit_write(const part &part, const memory *memory)
 
     if (lane < part.n_group)
         unit->largest[lane] = memory->m[lane];
+    if (view.n_ahead > 0)
+        past_write(view, list.unit, part.n_group, memory);
     if (lane > 0)
         return;
     unit->n_selected = n;
@@ -413,7 +433,7 @@ __global__ void __launch_bounds__(N, 1024 / N)
                           : view.key[part.block_first + b];
     });
     if (team.rank == 0 && threadIdx.x >= N - 32)
-        unit_write(part, memory);
+        unit_write(view, part, list, memory);
     list_resolve(view, list, mine, memory->n_selected, memory);
     if (threadIdx.x == 0)
         counts_write(view, part.unit, list.unit.layer, memory);

@@ -5,11 +5,12 @@
  * A launch attends n_items items of one layer each. Item i and KV head h are **unit**
  * u = i x n_kv_heads + h. Stages, in stream order, each a kernel (stage.h):
  *
- *   scan    the index streamed once: ln_e of every block. Of the launch and the index alone
+ *   scan    the index streamed once: ln_e of every block. Of the launch and the index alone.
+ *           The last thread blocks meanwhile fetch what will probably be selected (ahead.cuh)
  *   tail    beside it: the units made; the new token joins its tail block; sinks and tail attended:
  *           partials 0 .. n_tail_groups - 1, then ln_z
  *   select  keys, histogram, threshold; selected blocks listed in list order; each resolved to a
- *           place (slot, host) and the missing handed to the fetchers; groups queued
+ *           place (slot, stage, host) and the missing handed to the fetchers; groups queued
  *   attend  the first thread blocks fetch, the others attend groups and compensate chunks; the
  *           last of a unit joins its partials in order, verifies, writes out (unless short)
  *   more    units short of P: the second round, read, attended, joined again, written; then the
@@ -32,11 +33,12 @@
  *     D + t in its low and half + D + t in its high nibble, D = 32 j + 16 (i >> 1) + 4 (lane & 3);
  *     dimensions from d on are code 0. Code scales: word g holds those of keys g and g + 8.
  *   vmean i8 [n][v_width], vmean_scale f32 [n], mean_v f32 [v_width],
- *   home u32 [n], loc u32 [n] (slot + 1, a hint; 0: none)
+ *   home u32 [n], loc u32 [n] (slot + 1, of the stage too, a hint; 0: none)
  * Block id, dense: ((segment slot x n_layers + layer) x n_kv_heads + head) x n + block.
  *
  * Slot word u64, the truth about a slot: block id + 1 in the high half, WINNOW_GPU_FETCHING, a
- * 31-bit stamp (number of the launch that used it last).
+ * 31-bit stamp (number of the launch that used it last). Behind the cache's slots lie those of the
+ * stage, in use for one launch: block id + 1 and the launch's stamp.
  *
  * Blocks are in layout 2 (kernels.h). Tail blocks: [session][layer][KV head][n_sink_blocks +
  * ring_blocks]; block number j of the context stands at j if it is a sink, else at
@@ -56,6 +58,7 @@ enum {
 #define WINNOW_GPU_FETCHING   UINT64_C(0x80000000)
 #define WINNOW_GPU_STAMP_MASK UINT64_C(0x7fffffff)
 #define WINNOW_GPU_FROM_HOST  0x80000000u /* winnow_gpu_listed.place: a home, else a slot */
+#define WINNOW_GPU_FROM_STAGE 0x80000000u /* winnow_gpu_fetch.home: a slot, else a home */
 
 /* A selected block, in list order. A block found on disk stays listed, and selected is 0 again: it
  * is compensated. Slots are counted over all layers: layer x n_slots_layer + place in the layer. */
@@ -66,7 +69,7 @@ struct winnow_gpu_listed {
 
 /* A block on its way from the host into a slot. */
 struct winnow_gpu_fetch {
-    uint32_t home, slot;
+    uint32_t home, slot; /* from, to */
 };
 
 /* A group of a unit's list, or a chunk to compensate: its blocks 512 i .. 512 i + 511. Group i holds
@@ -95,8 +98,8 @@ struct winnow_gpu_unit {
     float key_threshold;  /* of the last selected (none: of the first): 8 nats below it is far */
     float key_quarter;    /* the last quarter of the selected, at least 4: key < this, known */
     float key_largest;    /* of the known; -inf: none is */
-    float ln_z[WINNOW_GQA_MAX];    /* mass of sinks and tail */
-    float largest[WINNOW_GQA_MAX]; /* of ln_z and the known ln_e */
+    float ln_z[WINNOW_GQA_MAX];                        /* mass of sinks and tail */
+    float largest[WINNOW_GQA_MAX];                     /* of ln_z and the known ln_e */
     uint64_t z[WINNOW_GQA_MAX], total[WINNOW_GQA_MAX]; /* exp(ln_z), and with all ln_e */
     uint64_t quarter_m[WINNOW_GQA_MAX], quarter_e[WINNOW_GQA_MAX]; /* of the last quarter: rho */
     float rho[WINNOW_GQA_MAX], mass[WINNOW_GQA_MAX];
@@ -108,6 +111,8 @@ struct winnow_gpu_unit {
  * reads leaves it. */
 struct winnow_gpu_tally {
     uint32_t scan_next[WINNOW_GPU_SCAN_RUNS_MAX]; /* records of each run that scan has taken */
+    /* Beside it (ahead.cuh): blocks listed; thread blocks that have scanned; warps that have left */
+    uint32_t n_foreseen, n_scanned, n_left;
 };
 struct winnow_gpu_unit_tally {
     uint32_t largest[WINNOW_GQA_MAX]; /* rank of the known ln_e: of scan, for select */
@@ -124,6 +129,12 @@ struct winnow_gpu_queue {
     uint32_t work_next, ticket_next, fetch_next; /* taken by attend, more */
     uint32_t n_short;                            /* units that are short after this round */
     uint32_t n_ended; /* thread blocks of `more` that have nothing left to do */
+};
+
+/* What a step leaves for its session's next in this layer and head. */
+struct winnow_gpu_past {
+    float ln_total[WINNOW_GQA_MAX];
+    float key_foreseen; /* over these totals: a block from here on is foreseen; inf, NaN: none is */
 };
 
 struct winnow_gpu_launch {
@@ -177,17 +188,20 @@ struct winnow_gpu_view {
     uint64_t session_bytes;
     uint32_t *session_segments; /* [session][n_session_segments_max] segment slots */
     uint32_t n_session_segments_max;
+    struct winnow_gpu_past *past; /* [session][layer][KV head] */
+    uint64_t *ahead;           /* [n_stage] block id + 1, home: foreseen and in no slot; 0: none */
+    uint32_t n_ahead, n_stage; /* thread blocks that fetch beside the scan, 0: none; slots */
 
     struct winnow_gpu_launch *launch;
     uint32_t *q_fragment; /* [unit] of winnow_gpu_q_fragment_words, written by tail */
     struct winnow_gpu_unit *unit;
     struct winnow_gpu_tally *tally;
     struct winnow_gpu_unit_tally *unit_tally; /* [unit] */
-    struct winnow_gpu_queue *queue;   /* [2] */
-    float *ln_e;                      /* [block][G] */
-    float *key;                       /* [block] */
-    uint8_t *selected;                /* [block]: 0, 1, 2 (second round) */
-    struct winnow_gpu_listed *listed; /* [block] */
+    struct winnow_gpu_queue *queue;           /* [2] */
+    float *ln_e;                              /* [block][G] */
+    float *key;                               /* [block] */
+    uint8_t *selected;                        /* [block]: 0, 1, 2 (second round) */
+    struct winnow_gpu_listed *listed;         /* [block] */
     struct winnow_gpu_fetch *fetch;
     struct winnow_gpu_work *ready, *waiting;
     float *partial; /* [partial] of winnow_gpu_partial_floats */

@@ -178,7 +178,11 @@ __device__ inline void work_fetch(const winnow_gpu_view &view, winnow_gpu_queue 
         if (i >= n_fetch)
             return;
         uint2 fetch = __ldcg((const uint2 *)(view.fetch + i)); /* home, slot */
-        const uint4 *from = (const uint4 *)(view.host + (uint64_t)fetch.x * 4096) + lane;
+        uint32_t staged = fetch.x & ~WINNOW_GPU_FROM_STAGE;
+        const uint8_t *block = fetch.x & WINNOW_GPU_FROM_STAGE
+                                   ? view.slots + (uint64_t)staged * view.block_bytes
+                                   : view.host + (uint64_t)fetch.x * 4096;
+        const uint4 *from = (const uint4 *)block + lane;
         uint4 *to = (uint4 *)(view.slots + (uint64_t)fetch.y * view.block_bytes) + lane;
         uint4 x[2 * F::TILES];
 #pragma unroll

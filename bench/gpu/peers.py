@@ -5,7 +5,8 @@
 One decode step (one query a sequence) of 32 query and 8 KV heads, d 128, bf16, over all KV in
 device memory: CUDA graphs over up to four layers' KV in turn, L2 flushed before, medians. SDPA with
 each backend, the four query heads of a KV head as heads (`gqa`) and as four queries (`folded`);
-FlashInfer with tensor cores where it can be imported. What does not run is a comment.
+FlashInfer with tensor cores where it can be imported. What does not run is a comment, and so are
+SDPA's times of bench-gpu-window's cells: a window of a prompt over its past, unmasked.
 """
 
 import sys
@@ -31,6 +32,8 @@ BACKENDS = [
 RESERVE_BYTES = 4 << 30  # for workspaces and the flush
 BUDGET_MS = 20.0  # of a graph's replays
 FLUSH_BYTES = 256 << 20
+
+WINDOWS = [(8 << 10, 2048), (32 << 10, 2048), (128 << 10, 512), (128 << 10, 2048), (128 << 10, 64)]
 
 Attend = Callable[[torch.Tensor], torch.Tensor]
 
@@ -141,11 +144,31 @@ def cell(tokens: int, batch: int) -> None:
     torch.cuda.empty_cache()
 
 
+def window(tokens: int, positions: int) -> None:
+    q = torch.randn(1, Q_HEADS, positions, WIDTH, dtype=torch.bfloat16, device="cuda")
+    kv = torch.randn(2, 1, KV_HEADS, tokens, WIDTH, dtype=torch.bfloat16, device="cuda")
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+
+        def attend(kv: torch.Tensor, backend: SDPBackend = backend) -> torch.Tensor:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(q, kv[0], kv[1], enable_gqa=True)
+
+        name = f"window {tokens} past, {positions} positions, SDPA {backend.name.lower()}"
+        try:
+            us, _ = median_us(attend, [kv])
+            rate = 4 * positions * Q_HEADS * WIDTH * tokens / us / 1e6
+            print(f"# {name}: {us:.1f} us {rate:.1f} TFLOP/s")
+        except RuntimeError as error:
+            print(f"# {name}: {str(error).splitlines()[0]}")
+
+
 def main() -> None:
     warnings.simplefilter("ignore")  # of backends that refuse a shape
     print(f"# PyTorch {torch.__version__}, {torch.cuda.get_device_name()}")
     for tokens, batch in QUICK if "--quick" in sys.argv[1:] else CELLS:
         cell(tokens, batch)
+    for tokens, positions in WINDOWS[-2:-1] if "--quick" in sys.argv[1:] else WINDOWS:
+        window(tokens, positions)
 
 
 if __name__ == "__main__":

@@ -309,7 +309,6 @@ bench bench_init(const setup &of)
         one.view.q_fragment =
             zeroed<uint32_t>((size_t)b.n_units * winnow_gpu_q_fragment_words(&view));
         one.view.unit = zeroed<winnow_gpu_unit>(b.n_units);
-        one.view.unit_tally = zeroed<winnow_gpu_unit_tally>(b.n_units);
         one.view.queue = zeroed<winnow_gpu_queue>(2);
         size_t n = (size_t)b.n_units * b.n_blocks;
         one.view.ln_e = zeroed<float>(n * G);

@@ -34,6 +34,7 @@ struct alignas(16) memory {
     uint64_t total[N_RANKS_MAX][WINNOW_GQA_MAX]; /* each thread block's, written by it */
     uint64_t warp_total[WINNOW_GQA_MAX][32];
     float m[WINNOW_GQA_MAX];         /* largest of the unit */
+    float ln_z[WINNOW_GQA_MAX];      /* mass of its sinks and tail */
     float to_share[WINNOW_GQA_MAX];  /* x exp(ln_e - m): share of T */
     uint32_t before[WINNOW_GQA_MAX]; /* share before any block */
     uint32_t goal[WINNOW_GQA_MAX];

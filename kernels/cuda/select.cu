@@ -2,7 +2,8 @@
  * Select: from ln_e to a list of blocks, each with its place, and the work of the stage after.
  *
  * A unit is a team's, a cluster as large as the unit is long: its bins are added over the cluster's
- * shared memory. What estimates are relative to, the largest, the scan has left. exp(ln_e - m) is
+ * shared memory. What estimates are relative to, the largest, the scan has left; the mass of sinks
+ * and tail is added up from their partials beside the first loads of estimates. exp(ln_e - m) is
  * computed for the totals and kept in shared memory for the keys. The origin of the bins is the sum
  * of exp(largest) / T over the heads, which no key exceeds, so no pass is spent on the largest key.
  * Blocks whose key lies below .9 (1 - P) / n hold together less than 1 - P of any head: the prefix
@@ -10,7 +11,8 @@
  * one atomic without a carry, and a prefix within n 2^-32 of P.
  *
  * What hangs on the launch alone is read before the scan has ended; homes and locs of all the unit's
- * blocks are fetched into the L2 then, since most of their lines are read.
+ * blocks are fetched into the L2 then, since most of their lines are read. A thread block on the
+ * last SM that scan leaves is waited for meanwhile (3 us at 128K x 8): that has to be short.
  *
  * Time goes to latency: a unit of 128 blocks takes 9 us, mostly single warps that go from one
  * barrier to the next. So loops over rows are rolled (unrolled by four they took 2 us more), a
@@ -19,11 +21,14 @@
  *
  * Sums are integers and every key is one thread's, so the bits are the same for any team.
  * Rejected: refining the last bin (0.5 % fewer blocks, a pass more), counting by global atomics
- * (3-6 us), 512 threads a thread block (2 us more from 4,096 blocks of one on).
+ * (3-6 us), 512 threads a thread block (2 us more from 4,096 blocks of one on), locs copied to
+ * shared memory ahead of time (1 us before the wait for .3 after it), a barrier less by leaving
+ * groups that two thread blocks share to wait (no gain).
  */
 #include <kernels/cuda/edge.cuh>
 #include <kernels/cuda/list.cuh>
 #include <kernels/cuda/stage.h>
+#include <kernels/cuda/tail.cuh>
 
 using namespace winnow_gpu_select;
 
@@ -40,7 +45,8 @@ constexpr float AHEAD_MARGIN = 0.25f;
 struct part {
     winnow_gpu_unit *unit;
     winnow_gpu_unit_tally *tally;
-    uint32_t n_group, block_first;
+    const float *tail; /* partials of n_tail_groups */
+    uint32_t n_tail_groups, n_group, block_first;
     uint32_t first, n; /* of the unit's list: [first, first + n) */
     uint32_t n_kept;   /* of them whose shares are kept in shared memory */
     uint32_t goal;     /* P as a share */
@@ -132,7 +138,7 @@ __device__ void totals_finish(team team, const part &part, memory *memory)
     float share = 0;
 
     if (g < part.n_group) {
-        uint64_t z = fixed(exp_above(part.unit->ln_z[g], memory->m[g])), total = z;
+        uint64_t z = fixed(exp_above(memory->ln_z[g], memory->m[g])), total = z;
 #pragma unroll 1
         for (uint32_t r = 0; r < team.n_ranks; r++)
             total += memory->total[r][g];
@@ -153,30 +159,55 @@ __device__ void totals_finish(team team, const part &part, memory *memory)
         memory->origin = __fmul_rn(log2_approx(share), 0.693147181f);
 }
 
-/* Sums of the warps to a sum of the thread block, to all of the team. Warp 0. */
-__device__ void totals_send(team team, uint32_t n_group, uint32_t n_warps, memory *memory)
+/* Sums of the warps to a sum of the thread block, to all of the team. A warp a head. */
+__device__ void totals_send(team team, uint32_t n_group, memory *memory)
 {
-#pragma unroll 4
-    for (uint32_t g = 0; g < n_group; g++) {
-        uint64_t sum = warp_sum(threadIdx.x < n_warps ? memory->warp_total[g][threadIdx.x] : 0);
-        if (threadIdx.x < team.n_ranks)
-            *team_at(team, &memory->total[team.rank][g], threadIdx.x) = sum;
+    uint32_t lane = threadIdx.x % 32, n_warps = blockDim.x / 32;
+
+#pragma unroll 1
+    for (uint32_t g = threadIdx.x / 32; g < n_group; g += n_warps) {
+        uint64_t sum = warp_sum(lane < n_warps ? memory->warp_total[g][lane] : 0);
+        if (lane < team.n_ranks)
+            *team_at(team, &memory->total[team.rank][g], lane) = sum;
     }
 }
 
-/* m: the largest of ln_z and of the estimates, the rank of which the scan has left. Ends with a
- * barrier. */
-__device__ void largest_find(const part &part, memory *memory)
+/* Mass of sinks and tail for head g, the ln of it, from their partials. One warp. */
+__device__ float tail_mass(const winnow_gpu_view &view, const part &part, uint32_t g)
 {
-    uint32_t g = threadIdx.x;
+    const float *at = part.tail + 2 * g;
+    uint32_t row = winnow_gpu_partial_floats(&view);
+    float largest = -INFINITY, sum = 0;
 
-    if (g == 0) {
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x % 32; i < part.n_tail_groups; i += 32) {
+        float2 x = *(const float2 *)(at + (size_t)i * row); /* m, l */
+        float m = fmaxf(largest, x.x);
+        sum = __fmaf_rn(sum, exp_above(largest, m), __fmul_rn(x.y, exp_above(x.x, m)));
+        largest = m;
+    }
+    float m = rank_float(__reduce_max_sync(~0u, float_rank(largest)));
+    sum = __fmul_rn(sum, exp_above(largest, m));
+#pragma unroll 1
+    for (uint32_t offset = 16; offset; offset >>= 1)
+        sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, offset));
+    return __fadd_rn(m, logf(sum));
+}
+
+/* m: the largest of ln_z and of the estimates, the rank of which the scan has left. A warp a head.
+ * Ends with a barrier. */
+__device__ void largest_find(const winnow_gpu_view &view, const part &part, memory *memory)
+{
+    if (threadIdx.x == 0) {
         memory->bin_last = -1;
         memory->key_smallest = ~0u;
     }
-    if (g < part.n_group) {
+#pragma unroll 1
+    for (uint32_t g = threadIdx.x / 32; g < part.n_group; g += blockDim.x / 32) {
         uint32_t rank = part.tally->largest[g];
-        memory->m[g] = rank_float(max(rank, float_rank(part.unit->ln_z[g])));
+        float ln_z = tail_mass(view, part, g);
+        memory->ln_z[g] = ln_z;
+        memory->m[g] = rank_float(max(rank, float_rank(ln_z)));
     }
     __syncthreads();
 }
@@ -193,7 +224,7 @@ __device__ void totals_find(const winnow_gpu_view &view, team team, const part &
 
     if (rows.block < rows.end)
         estimates_load<G>(view, part, rows.block, next);
-    largest_find(part, memory);
+    largest_find(view, part, memory);
 #pragma unroll
     for (int g = 0; g < G; g++)
         m[g] = memory->m[g];
@@ -224,11 +255,8 @@ __device__ void totals_find(const winnow_gpu_view &view, team team, const part &
     }
     __syncthreads();
     team_wait(team); /* for them to be there */
-    if (warp_idx == 0)
-        totals_send(team, part.n_group, N / 32, memory);
-    if (team.n_ranks > 1)
-        team_sync(team);
-    __syncwarp();
+    totals_send(team, part.n_group, memory);
+    team_sync(team);
     if (warp_idx == 0)
         totals_finish(team, part, memory);
     __syncthreads();
@@ -366,6 +394,10 @@ __device__ void part_find(const winnow_gpu_view &view, team *team, part *part, l
     list->n_segments = item.n_segments;
     part->unit = view.unit + list->unit_idx;
     part->tally = view.unit_tally + list->unit_idx;
+    part->tail = view.partial + (size_t)(launch->partial_first[blockIdx.z] +
+                                         blockIdx.y * launch->partials_of_head[blockIdx.z]) *
+                                    winnow_gpu_partial_floats(&view);
+    part->n_tail_groups = tail_groups_of(view, item);
     part->n_group = view.n_group;
     part->block_first = list->block_first;
     part->first = n * team->rank >> ranks_log2;
@@ -400,10 +432,8 @@ __global__ void __launch_bounds__(N, 1024 / N)
     part part;
 
     later_kernel_launch();
-    bool is_there = blockIdx.z < view.launch->n_items;
-    if (is_there)
-        part_find(view, &team, &part, &list);
-    is_there &= team.rank < team.n_ranks;
+    part_find(view, &team, &part, &list); /* of no item: not used, but no load waits for n_items */
+    bool is_there = blockIdx.z < view.launch->n_items && team.rank < team.n_ranks;
     const winnow_gpu_item &item = view.launch->item[blockIdx.z];
     uint32_t n = list.n_segments * view.span_blocks, n_max = item.n_blocks_max;
     n_max = n_max == 0 || n_max > n ? n : n_max;

@@ -1,6 +1,6 @@
 /*
  * tail: a unit made out of what came in, and its sinks and tail attended, so that selection knows the
- * mass that is there already.
+ * mass that is there already: it adds up the groups' masses itself.
  *
  * It runs beside the scan, which needs nothing of it: scan is launched first and fills each SM once,
  * these thread blocks take what room that leaves (registers: 96 a thread up to d 128), and `select`
@@ -13,8 +13,8 @@
  * while its blocks are on their way: nobody waits for another. The first of a unit also writes the
  * unit, the one that has the tail's last block appends the new token there.
  */
+#include <kernels/cuda/block.cuh>
 #include <kernels/cuda/forms.cuh>
-#include <kernels/cuda/join.cuh>
 #include <kernels/cuda/stage.h>
 #include <kernels/cuda/tail.cuh>
 
@@ -25,8 +25,6 @@ template <class F> struct tail_memory {
     group_memory<F> group;
     alignas(16) uint32_t q_fragment[F::TILES * F::PARTS * 64];
     float logit_scale[F::HEADS];
-    float of_warp[3][GROUP][F::HEADS];
-    uint32_t is_last;
 };
 
 __device__ float load_as(uint32_t dtype, const void *at, uint32_t idx)
@@ -39,7 +37,7 @@ __device__ float load_as(uint32_t dtype, const void *at, uint32_t idx)
 }
 
 /* q, k and v of an item: of the thread's part all is finite, which is to say that no exponent is all
- * ones. */
+ * ones. They are near from then on. */
 __device__ bool inputs_are_finite(const winnow_gpu_view &view, const winnow_gpu_item &item)
 {
     constexpr uint32_t N_LOADS = 4;
@@ -58,10 +56,11 @@ __device__ bool inputs_are_finite(const winnow_gpu_view &view, const winnow_gpu_
 #pragma unroll
         for (int j = 0; j < N_LOADS; j++) {
             uint32_t i = first + j * ATTEND_THREADS;
-            const uint4 *at = i < q_end   ? (const uint4 *)item.q + i
-                              : i < k_end ? (const uint4 *)item.k + (i - q_end)
-                                          : (const uint4 *)item.v + (i - k_end);
-            x[j] = load_if(i < v_end, at);
+            const uint4 *at = i < k_end && i >= q_end ? (const uint4 *)item.k + (i - q_end)
+                              : i < v_end && i >= k_end
+                                  ? (const uint4 *)item.v + (i - k_end)
+                                  : (const uint4 *)item.q + (i < q_end ? i : 0);
+            x[j] = *at;
         }
 #pragma unroll
         for (int j = 0; j < N_LOADS; j++)
@@ -211,10 +210,8 @@ __device__ void unit_write(const winnow_gpu_view &view, const winnow_gpu_item &i
 
     for (uint32_t i = threadIdx.x; !status && i < n_words; i += ATTEND_THREADS)
         q_fragment[i] = memory.q_fragment[i];
-    if (threadIdx.x < view.n_group) {
-        unit->ln_z[threadIdx.x] = -INFINITY;
+    if (threadIdx.x < view.n_group)
         unit->logit_scale[threadIdx.x] = status ? 0 : memory.logit_scale[threadIdx.x];
-    }
     if (threadIdx.x > 0)
         return;
     unit->item = item_idx;
@@ -226,7 +223,7 @@ __device__ void unit_write(const winnow_gpu_view &view, const winnow_gpu_item &i
     unit->block_first = launch->block_first[item_idx] + head * n_blocks;
     unit->partial_first = partial_first(launch, item_idx, head);
     if (!status)
-        unit->n_tail_groups = (tail_blocks_of(view, item).n + GROUP - 1) / GROUP;
+        unit->n_tail_groups = tail_groups_of(view, item);
     unit->n_chunks = max(1u, (n_blocks + WINNOW_GPU_CHUNK_BLOCKS - 1) / WINNOW_GPU_CHUNK_BLOCKS);
 }
 
@@ -249,30 +246,14 @@ __device__ tail_place tail_place_of(const winnow_gpu_view &view, const winnow_gp
             i + 1 == tail.n && item.k};
 }
 
-/* The last of a unit's groups: its mass. */
-template <class F>
-__device__ void tail_join(const winnow_gpu_view &view, uint32_t unit_idx, const float *partial,
-                          uint32_t n_groups, tail_memory<F> *memory)
-{
-    join_range range = {partial, n_groups, n_groups};
-    float2 masses[JOIN_BATCH];
-
-    masses_load<F>(view, range, 0, masses);
-    join_mass mass = mass_join<F>(view, range, masses, memory->of_warp);
-    if (threadIdx.x < view.n_group)
-        view.unit[unit_idx].ln_z[threadIdx.x] = mass.largest + logf(mass.read);
-    if (threadIdx.x == 0)
-        view.unit_tally[unit_idx].n_tail = 0;
-}
-
 /* A thread block's groups of a unit: blockIdx.y, + gridDim.y, .. */
 template <class F>
-__device__ void unit_attend(const winnow_gpu_view &view, uint32_t unit_idx, tail_memory<F> *memory)
+__device__ void unit_attend(const winnow_gpu_view &view, const winnow_gpu_item &item,
+                            uint32_t unit_idx, tail_memory<F> *memory)
 {
     uint32_t item_idx = unit_idx / view.n_kv_heads, head = unit_idx % view.n_kv_heads;
-    const winnow_gpu_item &item = view.launch->item[item_idx];
     bool is_valid = item_is_valid(view, item), is_first = blockIdx.y == 0;
-    uint32_t n_groups = is_valid ? (tail_blocks_of(view, item).n + GROUP - 1) / GROUP : 0;
+    uint32_t n_groups = is_valid ? tail_groups_of(view, item) : 0;
     uint32_t row = winnow_gpu_partial_floats(&view);
     float *partial = view.partial + (uint64_t)partial_first(view.launch, item_idx, head) * row;
     block_registers<F> x;
@@ -311,8 +292,7 @@ __device__ void unit_attend(const winnow_gpu_view &view, uint32_t unit_idx, tail
             block_absent<F>(&memory->group);
         __syncthreads();
         group_join<F>(view, &memory->group, partial + (uint64_t)group * row);
-        if (count_done(&view.unit_tally[unit_idx].n_tail, n_groups, &memory->is_last))
-            tail_join<F>(view, unit_idx, partial, n_groups, memory);
+        __syncthreads();
     }
 }
 
@@ -326,8 +306,10 @@ __global__ void __launch_bounds__(F::TAIL_THREADS, F::BLOCKS_PER_SM)
     later_kernel_launch();
     if (is_first)
         words_zero(view.queue, 2 * sizeof *view.queue);
+    /* asked for beside n_units; read where there is none, not used */
+    winnow_gpu_item item = view.launch->item[blockIdx.x / view.n_kv_heads];
     if (blockIdx.x < view.launch->n_units)
-        unit_attend<F>(view, blockIdx.x, (tail_memory<F> *)dynamic);
+        unit_attend<F>(view, item, blockIdx.x, (tail_memory<F> *)dynamic);
     if (is_first)
         earlier_kernels_wait();
 }

@@ -20,6 +20,12 @@ __device__ inline tail_blocks tail_blocks_of(const winnow_gpu_view &view,
     return tail;
 }
 
+/* Their partials: of eight blocks each. */
+__device__ inline uint32_t tail_groups_of(const winnow_gpu_view &view, const winnow_gpu_item &item)
+{
+    return (tail_blocks_of(view, item).n + WINNOW_GROUP_BLOCKS - 1) / WINNOW_GROUP_BLOCKS;
+}
+
 /* Number in the context of the i-th of them. */
 __device__ inline uint32_t tail_block_number(const tail_blocks &tail, uint32_t i)
 {

@@ -8,7 +8,7 @@
  *   scan    the index streamed once: ln_e of every block. Of the launch and the index alone.
  *           The last thread blocks meanwhile fetch what will probably be selected (ahead.cuh)
  *   tail    beside it: the units made; the new token joins its tail block; sinks and tail attended:
- *           partials 0 .. n_tail_groups - 1, then ln_z
+ *           partials 0 .. n_tail_groups - 1
  *   select  keys, histogram, threshold; selected blocks listed in list order; each resolved to a
  *           place (slot, stage, host) and the missing handed to the fetchers; groups queued
  *   attend  the first thread blocks fetch, the others attend groups and compensate chunks; the
@@ -98,8 +98,7 @@ struct winnow_gpu_unit {
     float key_threshold;  /* of the last selected (none: of the first): 8 nats below it is far */
     float key_quarter;    /* the last quarter of the selected, at least 4: key < this, known */
     float key_largest;    /* of the known; -inf: none is */
-    float ln_z[WINNOW_GQA_MAX];                        /* mass of sinks and tail */
-    float largest[WINNOW_GQA_MAX];                     /* of ln_z and the known ln_e */
+    float largest[WINNOW_GQA_MAX]; /* of ln_z, the mass of sinks and tail, and the known ln_e */
     uint64_t z[WINNOW_GQA_MAX], total[WINNOW_GQA_MAX]; /* exp(ln_z), and with all ln_e */
     uint64_t quarter_m[WINNOW_GQA_MAX], quarter_e[WINNOW_GQA_MAX]; /* of the last quarter: rho */
     float rho[WINNOW_GQA_MAX], mass[WINNOW_GQA_MAX];
@@ -107,16 +106,15 @@ struct winnow_gpu_unit {
     float need[WINNOW_GQA_MAX]; /* short: exp(ln_e - largest) that the second round has to add */
 };
 
-/* What scan and tail count in, before anything is cleared: 0 between launches, as who counts last or
- * reads leaves it. */
+/* What scan counts in, before anything is cleared: 0 between launches, as who counts last or reads
+ * leaves it. */
 struct winnow_gpu_tally {
     uint32_t scan_next[WINNOW_GPU_SCAN_RUNS_MAX]; /* records of each run that scan has taken */
     /* Beside it (ahead.cuh): blocks listed; thread blocks that have scanned; warps that have left */
     uint32_t n_foreseen, n_scanned, n_left;
 };
 struct winnow_gpu_unit_tally {
-    uint32_t largest[WINNOW_GQA_MAX]; /* rank of the known ln_e: of scan, for select */
-    uint32_t n_tail;                  /* tail groups attended */
+    uint32_t largest[WINNOW_GQA_MAX]; /* rank of the known ln_e: for select */
 };
 
 /*

@@ -16,7 +16,7 @@ struct scene_options {
 };
 
 struct scene {
-    winnow_gpu_view view; /* ln_z [unit][G] is read by scene_begin */
+    winnow_gpu_view view; /* ln_z [unit][G]: scene_begin makes it the mass of a tail group */
     winnow_gpu_grid grid;
     winnow_gpu_launch *launch; /* host */
     float *ln_z;
@@ -69,6 +69,7 @@ inline void scene_init(scene *s, const scene_options &o)
     v->fetch = device_alloc<winnow_gpu_fetch>(o.n_blocks_max + 64);
     v->ready = device_alloc<winnow_gpu_work>(o.n_blocks_max + n_units + 64);
     v->waiting = device_alloc<winnow_gpu_work>(o.n_blocks_max + 64);
+    v->partial = device_alloc<float>(n_units * winnow_gpu_partial_floats(v));
     s->ln_z = device_alloc<float>(n_units * o.n_group);
     s->launch = (winnow_gpu_launch *)calloc(1, sizeof(winnow_gpu_launch));
     s->grid = {(uint32_t)n_units, (uint32_t)prop.multiProcessorCount, o.n_blocks_max};
@@ -80,10 +81,10 @@ inline void scene_init(scene *s, const scene_options &o)
 inline void scene_finish(scene *s)
 {
     winnow_gpu_view *v = &s->view;
-    void *owned[] = {v->index,    v->slot_word,  v->hand,  v->counters, v->session_segments,
-                     v->launch,   v->unit,       v->queue, v->ln_e,     v->key,
-                     v->selected, v->listed,     v->fetch, v->ready,    v->waiting,
-                     v->tally,    v->unit_tally, s->ln_z};
+    void *owned[] = {v->index,    v->slot_word,  v->hand,    v->counters, v->session_segments,
+                     v->launch,   v->unit,       v->queue,   v->ln_e,     v->key,
+                     v->selected, v->listed,     v->fetch,   v->ready,    v->waiting,
+                     v->tally,    v->unit_tally, v->partial, s->ln_z};
     for (void *memory : owned)
         ok(cudaFree(memory), "cudaFree");
     free(s->launch);
@@ -100,6 +101,10 @@ inline void scene_launch_write(scene *s, uint32_t n_items, uint32_t stamp)
     launch->n_blocks = 0;
     for (uint32_t i = 0; i < n_items; i++) {
         launch->block_first[i] = launch->n_blocks;
+        launch->partial_first[i] = i * s->view.n_kv_heads;
+        launch->partials_of_head[i] = 1;
+        launch->item[i].n_tokens =
+            (uint64_t)WINNOW_BLOCK_TOKENS * (launch->item[i].n_segments * s->view.span_blocks + 1);
         launch->n_blocks += launch->item[i].n_segments * s->view.span_blocks * s->view.n_kv_heads;
     }
     device_write(s->view.launch, launch, 1);
@@ -126,8 +131,11 @@ static __global__ void scene_begin_kernel(winnow_gpu_view view, const float *ln_
     if (threadIdx.x < view.n_group)
         view.unit_tally[u].largest[threadIdx.x] = 0; /* of a scan without a select */
     __syncthreads();
-    if (threadIdx.x < view.n_group)
-        unit->ln_z[threadIdx.x] = ln_z[u * view.n_group + threadIdx.x];
+    if (threadIdx.x < view.n_group) {
+        float *partial = view.partial + (size_t)u * winnow_gpu_partial_floats(&view);
+        partial[2 * threadIdx.x] = ln_z[u * view.n_group + threadIdx.x];
+        partial[2 * threadIdx.x + 1] = 1;
+    }
     if (threadIdx.x > 0)
         return;
     unit->item = item;

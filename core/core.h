@@ -204,6 +204,8 @@ bool winnow_core_gpu_plan(const struct winnow_core *core, const struct winnow_mo
                           char text[256]);
 /* The same of the shape that it serves, NULL: none yet; the number of shapes that it has served. */
 const char *winnow_core_gpu_shape(const struct winnow_core *core, uint64_t *ret_n_shapes);
+/* Host memory that the GPU may pin for windows beside the pool, once it knows a model; 0 without. */
+uint64_t winnow_core_gpu_window_bytes(const struct winnow_core *core);
 bool winnow_core_has_gpu(const struct winnow_core *core); /* a lost one too */
 /* The GPU was lost: its sessions go on with the CPU's kernels. */
 bool winnow_core_gpu_lost(const struct winnow_core *core);

@@ -11,10 +11,11 @@
 enum {
     CACHE_OF_KV = 20, /* one block in so many of those indexed has a slot, at least */
     WINDOW_POSITIONS = 2048,
-    WINDOW_BLOCKS = 1024, /* of a part: its attention outlasts what begins and ends it */
-    WINDOW_OF_MEMORY =
-        16,            /* the share that a window may have of the device's memory, and the pool's */
-    TAIL_AT_ONCE = 32, /* blocks of every head that one call puts */
+    WINDOW_BLOCKS = 1024,  /* of a part: its attention outlasts what begins and ends it */
+    WINDOW_OF_MEMORY = 16, /* the share that a window may have of the device's memory */
+    WINDOW_OF_POOL = 16,   /* and, pinned beside it, of the pool's, */
+    WINDOW_HOST_MIB = 64,  /* at most */
+    TAIL_AT_ONCE = 32,     /* blocks of every head that one call puts */
     MOVED_AT_ONCE = 4096,
 };
 
@@ -72,6 +73,13 @@ static bool options_fit(const struct winnow_device *device, struct winnow_gpu_op
            sizes_sum(&sizes) <= device->memory_bytes;
 }
 
+uint64_t winnow_core_gpu_window_bytes(const struct winnow_core *core)
+{
+    uint64_t share = core->options.host_pool_bytes / WINDOW_OF_POOL;
+    uint64_t most = (uint64_t)WINDOW_HOST_MIB << 20;
+    return !core->tiers.device ? 0 : share < most ? share : most;
+}
+
 /* A window of as many positions as find room; none, and windows are the CPU's. */
 static void window_choose(const struct winnow_core *core, struct winnow_gpu_options *options)
 {
@@ -87,14 +95,14 @@ static void window_choose(const struct winnow_core *core, struct winnow_gpu_opti
     uint32_t n_large =
         WINDOW_BLOCKS / options->shape.n_kv_heads / WINNOW_GROUP_BLOCKS * WINNOW_GROUP_BLOCKS;
     if (n_large > one.n_window_blocks && /* two are pinned */
-        2 * part_bytes <= core->options.host_pool_bytes / WINDOW_OF_MEMORY)
+        2 * part_bytes <= core->options.host_pool_bytes / WINDOW_OF_POOL)
         one.n_window_blocks = n_large;
     for (one.n_window_positions = WINDOW_POSITIONS; one.n_window_positions >= WINNOW_TILE_POSITIONS;
          one.n_window_positions /= 2) {
         if (device->api->sizes(&one, &sizes, text) < 0)
             return;
         if (sizes.window_bytes > device->memory_bytes / WINDOW_OF_MEMORY ||
-            sizes.window_host_bytes > core->options.host_pool_bytes / WINDOW_OF_MEMORY)
+            sizes.window_host_bytes > winnow_core_gpu_window_bytes(core))
             continue;
         options->n_window_positions = one.n_window_positions;
         options->n_window_blocks = one.n_window_blocks;

@@ -175,14 +175,14 @@ int winnow_limits_measure(struct winnow_limits *limits)
     return 0;
 }
 
-int winnow_limits_measure_gpu(struct winnow_limits *limits)
+int winnow_limits_measure_gpu(struct winnow_limits *limits, uint64_t window_bytes)
 {
     uint64_t kib = read_number("/proc/self/status", "VmRSS:");
     uint64_t known = limits->process_bytes - SERVING_BYTES + limits->host_pool_bytes;
     winnow_assert(limits->process_bytes >= SERVING_BYTES);
     if (kib == UINT64_MAX)
         return -EIO;
-    limits->gpu_bytes = kib << 10 > known ? (kib << 10) - known : 0;
+    limits->gpu_bytes = window_bytes + (kib << 10 > known ? (kib << 10) - known : 0);
     return 0;
 }
 

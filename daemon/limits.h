@@ -45,7 +45,7 @@ struct winnow_limits {
     uint64_t io_bytes;      /* store and its rings */
     uint64_t rpc_bytes;     /* what gRPC holds of streams */
     uint64_t process_bytes; /* code, libraries, stacks, the server's tables; set once measured */
-    uint64_t gpu_bytes;     /* what its driver takes of host memory; set once measured */
+    uint64_t gpu_bytes;     /* of host memory: its driver's, measured, and windows' */
 };
 
 /* Fills *limits. A value that does not fit the machine is a complaint. */
@@ -57,9 +57,9 @@ void winnow_limits_plan(const struct winnow_config *config, const struct winnow_
  * before any of the caps is taken. A constant would be wrong on the next machine: libraries, page
  * sizes and sanitizers differ. -EIO: /proc does not tell. */
 int winnow_limits_measure(struct winnow_limits *limits);
-/* Sets gpu_bytes from what has become resident since then: once a core with a GPU stands, which pins
- * the pool. -EIO. */
-int winnow_limits_measure_gpu(struct winnow_limits *limits);
+/* Sets gpu_bytes from what has become resident since then, once a core with a GPU stands, which pins
+ * the pool, and what it will pin beside it. -EIO. */
+int winnow_limits_measure_gpu(struct winnow_limits *limits, uint64_t window_bytes);
 
 /* The sum that the resident set stays under: all of the above and 10 %. */
 uint64_t winnow_limits_sum_bytes(const struct winnow_limits *limits);

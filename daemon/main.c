@@ -388,7 +388,9 @@ static int run(struct daemon *daemon, enum winnow_verb verb)
     if (code)
         return code;
     daemon->limits.core_bytes = winnow_core_fixed_bytes(daemon->core);
-    if (winnow_core_has_gpu(daemon->core) && winnow_limits_measure_gpu(&daemon->limits) < 0) {
+    if (winnow_core_has_gpu(daemon->core) &&
+        winnow_limits_measure_gpu(&daemon->limits, winnow_core_gpu_window_bytes(daemon->core)) <
+            0) {
         fprintf(stderr, "cannot read /proc/self/status. hint: mount /proc\n");
         return EXIT_SOFTWARE;
     }

@@ -11,6 +11,7 @@
  * with the L2 cache flushed, medians of 7 to 101 replays:
  *   layer      all stages, at shares selected of 1, 2, 5 % and hit rates of 0 to 1 (plant.cuh)
  *   upto       the same at 2 %, .9, without the later stages: differences are a stage's time
+ *   scan       of those the scan, and no thread block of it fetches: what it makes of the card
  *   steps      decode steps one after the other, the queries drifting, select and cache left alone
  *   dense      own kernel, the best of eight ways to split it; and how far Winnow's output is from it
  *   whole      everything read (P = 1), all but what is in slots over the link; and how far it is
@@ -237,6 +238,12 @@ void stages_run(const planted &p, const stopwatch &w, double share, double hits)
         snprintf(r.note, sizeof r.note, "%s", STACK_STAGES[n - 1].name);
         print(r);
     }
+    stack alone = s;
+    for (stack_layer &layer : alone.layer)
+        layer.view.n_ahead = 0;
+    row r = {"scan", s.n_tokens, s.batch, share, hits, s.n_layers, {}, 0, ""};
+    r.time = stack_time(alone, w, 1, [&] { planted_restore(p); });
+    print(r);
 }
 
 /* The queries, tuned to a share, move on: q' = .95 q + .31 of a new one. */

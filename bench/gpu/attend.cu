@@ -1,5 +1,5 @@
 /*
- * Times of tail, attend and more in the shape of Llama-3.1-8B (8 KV heads, G 4, d 128, bf16),
+ * Times of tail and attend in the shape of Llama-3.1-8B (8 KV heads, G 4, d 128, bf16),
  * beside what bounds a launch that misses blocks: the copy engine, and a gather alone. What bounds
  * one that hits is dense attention (layer.cu).
  *
@@ -7,7 +7,7 @@
  *
  * A selection is planted: a share f of the blocks, evenly spread, of which a share h lies in slots.
  * Every time is the difference of two graphs over LAYERS layers, with and without the stage, so
- * launch costs within a graph are in it; `more` has no unit that is short. Outputs go to pinned
+ * launch costs within a graph are in it; no unit is short. Outputs go to pinned
  * memory, as in the daemon. One in seven unselected blocks is far (of the traces that docs cite, 1 to
  * 60 in a hundred are, 12 in the middle).
  */
@@ -110,7 +110,7 @@ struct plan {
     winnow_gpu_view view;
     const winnow_gpu_unit *unit; /* planted */
     winnow_gpu_queue queue;
-    uint32_t n_units;
+    uint32_t n_units, n_ends; /* thread blocks that no unit's end tells to end */
 };
 
 __global__ void plant(const plan p)
@@ -119,6 +119,8 @@ __global__ void plant(const plan p)
 
     if (i == 0)
         p.view.queue[0] = p.queue;
+    if (i < p.n_ends)
+        p.view.more[i] = WORK_END;
     if (i < p.n_units) {
         winnow_gpu_unit *to = p.view.unit + i;
         const winnow_gpu_unit *from = p.unit + i;
@@ -192,6 +194,7 @@ void launch_init(const bench &b, uint32_t l, winnow_gpu_view *view)
     view->launch = zeroed<winnow_gpu_launch>(1);
     vector_write(view->launch, launch);
     view->partial = zeroed<float>((size_t)b.n_units * n_partials * winnow_gpu_partial_floats(view));
+    view->more = zeroed<uint64_t>(WINNOW_GPU_READY_SLACK); /* no second rounds */
 }
 
 /* The share f of the blocks, listed; a share h in slots. */
@@ -255,6 +258,8 @@ void selection_plant(const bench &b, uint32_t l, layer *to)
     to->p.queue.n_fetch = (uint32_t)fetch.size();
     to->p.queue.n_ready = (uint32_t)ready.size();
     to->p.queue.n_waiting = (uint32_t)waiting.size();
+    if (b.of.parts != (GROUPS | CHUNKS))
+        to->p.n_ends = 2 * card.n_multiprocessors;
 }
 
 bench bench_init(const setup &of)
@@ -301,7 +306,6 @@ bench bench_init(const setup &of)
                              (size_t)LAYERS * view.n_slots_layer * BLOCK / 2, 4);
     ok(winnow_gpu_tail_prepare(&view), "tail");
     ok(winnow_gpu_attend_prepare(&view), "attend");
-    ok(winnow_gpu_more_prepare(&view), "more");
     for (uint32_t l = 0; l < LAYERS; l++) {
         layer one = {};
         one.view = view;
@@ -309,7 +313,8 @@ bench bench_init(const setup &of)
         one.view.q_fragment =
             zeroed<uint32_t>((size_t)b.n_units * winnow_gpu_q_fragment_words(&view));
         one.view.unit = zeroed<winnow_gpu_unit>(b.n_units);
-        one.view.queue = zeroed<winnow_gpu_queue>(2);
+        one.view.tally = zeroed<winnow_gpu_tally>(1);
+        one.view.queue = zeroed<winnow_gpu_queue>(1);
         size_t n = (size_t)b.n_units * b.n_blocks;
         one.view.ln_e = zeroed<float>(n * G);
         one.view.key = zeroed<float>(n);
@@ -323,7 +328,7 @@ bench bench_init(const setup &of)
     return b;
 }
 
-enum { TAIL = 1, PLANT = 2, ATTEND = 4, MORE = 8 };
+enum { TAIL = 1, PLANT = 2, ATTEND = 4 };
 
 /* Microseconds a layer. */
 double stages_time(const bench &b, uint32_t stages)
@@ -336,8 +341,6 @@ double stages_time(const bench &b, uint32_t stages)
                 plant<<<64, 256, 0, card.watch.stream>>>(one.p);
             if (stages & ATTEND)
                 ok(winnow_gpu_stage_attend(&one.view, &b.grid, card.watch.stream), "attend");
-            if (stages & MORE)
-                ok(winnow_gpu_stage_more(&one.view, &b.grid, card.watch.stream), "more");
         }
     };
 
@@ -386,7 +389,6 @@ void setup_run(const setup &of, const std::vector<uint32_t> &fetchers)
             break;
         printf(" (%u fetchers, link %.1f GB/s)", n, n_host / (attend - tail) / 1e3);
     }
-    printf(", more %.1f", stages_time(b, TAIL | PLANT | ATTEND | MORE) - attend);
     certificates_check(b);
     all_free();
     if (of.h == 1)
@@ -409,6 +411,7 @@ void gather_run(const std::vector<uint32_t> &fetchers)
     printf("copy engine: %.1f GB/s; gather alone:",
            card_copy_rate(card.watch, card.arena, n_bytes));
     p.queue.n_ready = p.queue.n_waiting = 0;
+    p.n_ends = 2 * card.n_multiprocessors;
     double base = graph_time(card.watch, 1, plant_put, [] {}).us;
     for (uint32_t n : fetchers) {
         view.n_fetchers = n;

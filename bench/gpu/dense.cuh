@@ -13,7 +13,7 @@
 struct dense {
     const uint8_t *blocks; /* [unit][n_blocks] */
     uint32_t n_blocks;     /* of a unit */
-    float *partial;        /* [unit][split][G][width + 2] */
+    float *partial;        /* [unit][split] of winnow_gpu_partial_floats */
     uint32_t *n_done;      /* [unit], 0 */
     float *out;            /* [unit][G][width] */
 };
@@ -82,7 +82,7 @@ __device__ inline void dense_join(const winnow_gpu_view &view, const float *part
     uint32_t stride = winnow_gpu_partial_floats(&view), at_output = winnow_gpu_partial_at(&view);
 
     for (uint32_t i = threadIdx.x; i < F::HEADS * view.v_width; i += ATTEND_THREADS) {
-        const float *at = partial + 2 * (i / view.v_width);
+        const float *at = partial + 4 * (i / view.v_width);
         float largest = -INFINITY, sum = 0, y = 0;
         for (uint32_t k = 0; k < n_splits; k++)
             largest = fmaxf(largest, __ldcg(at + k * stride));
@@ -122,7 +122,8 @@ __global__ void __launch_bounds__(ATTEND_THREADS, PER_SM)
     }
     dense_store<F>(state, memory);
     __syncthreads();
-    group_join<F>(view, memory, partial + (size_t)blockIdx.y * winnow_gpu_partial_floats(&view));
+    group_join<F>(view, memory, true, NULL,
+                  partial + (size_t)blockIdx.y * winnow_gpu_partial_floats(&view));
     if (!count_done(d.n_done + unit, gridDim.y, &is_last))
         return;
     dense_join<F>(view, partial, gridDim.y, d.out + (size_t)unit * F::HEADS * view.v_width);

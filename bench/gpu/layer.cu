@@ -112,10 +112,15 @@ struct gather {
     uint32_t n;
 };
 
+/* No unit ends: that every thread block is to end is there from the start. */
+
 void gather_plant(const gather &g)
 {
     ok(cudaMemcpyAsync(g.s->layer[0].view.queue, g.queue, sizeof *g.queue, cudaMemcpyDeviceToDevice,
                        g.s->gpu->stream),
+       "plant");
+    ok(cudaMemsetAsync(g.s->layer[0].view.more, 0xff,
+                       2 * sizeof(uint64_t) * g.s->grid.n_multiprocessors, g.s->gpu->stream),
        "plant");
 }
 

@@ -24,9 +24,10 @@ static const struct {
     const char *name;
     stack_stage *put;
 } STACK_STAGES[] = {
-    {"scan", winnow_gpu_stage_scan},     {"tail", winnow_gpu_stage_tail},
-    {"select", winnow_gpu_stage_select}, {"attend", winnow_gpu_stage_attend},
-    {"more", winnow_gpu_stage_more},
+    {"scan", winnow_gpu_stage_scan},
+    {"tail", winnow_gpu_stage_tail},
+    {"select", winnow_gpu_stage_select},
+    {"attend", winnow_gpu_stage_attend},
 };
 constexpr uint32_t STACK_N_STAGES = sizeof STACK_STAGES / sizeof STACK_STAGES[0];
 constexpr uint32_t STACK_N_SELECT = 3; /* stages after which the lists are there */
@@ -221,7 +222,7 @@ inline void stack_layer_put(const stack &s, uint32_t l, uint32_t n_stages)
 inline void stack_whole_put(const stack &s, uint32_t l)
 {
     stack_stage *stages[] = {winnow_gpu_stage_tail_first, winnow_gpu_stage_whole,
-                             winnow_gpu_stage_attend, winnow_gpu_stage_more};
+                             winnow_gpu_stage_attend};
     for (stack_stage *put : stages)
         ok(put(&s.layer[l].view, &s.grid, s.gpu->stream), "whole");
 }

@@ -1,5 +1,5 @@
 /*
- * attend: everything of the first round but sinks and tail (work.cuh).
+ * attend: everything but sinks and tail (work.cuh), to the end of the launch (finish.cuh).
  *
  * A thread block attends a group of eight blocks: a warp loads a block's 8 KiB (d 128) at once, so
  * two thread blocks keep 128 KiB in flight on an SM, which is several times what latency times
@@ -21,8 +21,7 @@ __global__ void __launch_bounds__(ATTEND_THREADS, F::BLOCKS_PER_SM)
 {
     extern __shared__ __align__(16) uint8_t dynamic[];
     later_kernel_launch();
-    earlier_kernels_wait();
-    work_run<F, true>(view, &view.queue[0], (work_memory<F> *)dynamic);
+    work_run<F>(view, (work_memory<F> *)dynamic);
 }
 
 } // namespace
@@ -43,4 +42,18 @@ cudaError_t winnow_gpu_attend_prepare(const struct winnow_gpu_view *view)
         using F = decltype(of);
         return kernel_prepare(attend_kernel<F>, sizeof(work_memory<F>));
     });
+}
+
+cudaError_t winnow_gpu_stages_prepare(const struct winnow_gpu_view *view)
+{
+    cudaError_t (*const prepare[])(const struct winnow_gpu_view *) = {
+        winnow_gpu_scan_prepare, winnow_gpu_tail_prepare, winnow_gpu_select_prepare,
+        winnow_gpu_attend_prepare};
+
+    for (auto one : prepare) {
+        cudaError_t rc = one(view);
+        if (rc != cudaSuccess)
+            return rc;
+    }
+    return cudaSuccess;
 }

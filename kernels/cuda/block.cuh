@@ -207,10 +207,11 @@ template <class F> __device__ inline void block_absent(group_memory<F> *memory)
         memory->o[warp][0][i] = 0;
 }
 
-/* Joins what the eight warps left, in their order, and stores it as a partial. Between barriers. */
+/* Joins what the eight warps left, in their order, behind the partial `before` (NULL: nothing) and
+ * stores it as a partial, another one. Between barriers. */
 template <class F>
 __device__ inline void group_join(const winnow_gpu_view &view, const group_memory<F> *memory,
-                                  float *partial)
+                                  bool is_read, const float *before, float *partial)
 {
     uint32_t n_pairs = view.v_width / 2;
 
@@ -219,12 +220,23 @@ __device__ inline void group_join(const winnow_gpu_view &view, const group_memor
         uint32_t g = i / n_pairs, d = 2 * (i % n_pairs);
         float m[GROUP], largest = -INFINITY, l = 0;
         float2 o = {0, 0};
+        float4 mass = {-INFINITY, 0, 0, 0};
+        if (before) {
+            mass = *(const float4 *)(before + 4 * g);
+            o = *(const float2 *)(before + winnow_gpu_partial_at(&view) + g * view.v_width + d);
+            largest = mass.x;
+        }
 #pragma unroll
         for (int b = 0; b < GROUP; b++) {
             m[b] = memory->m[b][g];
             largest = fmaxf(largest, m[b]);
         }
         float from = largest == -INFINITY ? 0 : largest;
+        if (before) {
+            float w = exp_or_0(mass.x - from);
+            mass.y *= w;
+            o = {w * o.x, w * o.y};
+        }
 #pragma unroll
         for (int b = 0; b < GROUP; b++) {
             float w = exp_or_0(m[b] - from);
@@ -235,6 +247,7 @@ __device__ inline void group_join(const winnow_gpu_view &view, const group_memor
         }
         *(float2 *)(partial + winnow_gpu_partial_at(&view) + g * view.v_width + d) = o;
         if (d == 0)
-            *(float2 *)(partial + 2 * g) = make_float2(largest, l);
+            *(float4 *)(partial + 4 * g) = {largest, mass.y + (is_read ? l : 0), is_read ? 0 : l,
+                                            0};
     }
 }

@@ -336,7 +336,7 @@ __device__ inline void chunk_attend(const winnow_gpu_view &view, const winnow_gp
     }
     chunk_estimates<F>(view, unit, first, w);
     chunk_blocks blocks = chunk_blocks_load(view, unit, first);
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < memory->SLOTS; i++)
         chunk_rows_load(view, blocks, i * SLAB, memory->rows[warp]);
     chunk_weigh<F>(view, blocks, w, m, l);

@@ -92,6 +92,9 @@ static cudaError_t memory_clear(struct winnow_gpu *gpu)
         error = cudaMemsetAsync(view->tally, 0, sizeof *view->tally, gpu->stream);
     if (error == cudaSuccess)
         error =
+            cudaMemsetAsync(view->more, 0, gpu->layout.n_more * sizeof *view->more, gpu->stream);
+    if (error == cudaSuccess)
+        error =
             cudaMemsetAsync(view->unit_tally, 0, n_units * sizeof *view->unit_tally, gpu->stream);
     if (error == cudaSuccess)
         error = cudaMemsetAsync(view->ahead, 0, view->n_stage * sizeof *view->ahead, gpu->stream);
@@ -106,9 +109,8 @@ static cudaError_t stages_put(const struct winnow_gpu *gpu, const struct winnow_
 {
     static stage *const stages[WINNOW_GPU_KINDS][5] = {
         {winnow_gpu_stage_scan, winnow_gpu_stage_tail, winnow_gpu_stage_select,
-         winnow_gpu_stage_attend, winnow_gpu_stage_more},
-        {winnow_gpu_stage_tail_first, winnow_gpu_stage_whole, winnow_gpu_stage_attend,
-         winnow_gpu_stage_more},
+         winnow_gpu_stage_attend},
+        {winnow_gpu_stage_tail_first, winnow_gpu_stage_whole, winnow_gpu_stage_attend},
     };
     cudaError_t error = cudaSuccess;
 

@@ -1,12 +1,16 @@
 /*
- * The end of a unit: the thread block that finishes its last partial joins them all in list order,
- * verifies, and writes the output, or leaves the unit to the second round.
+ * The end of a unit's round: the thread block that finishes its last partial joins them all in list
+ * order, verifies, and writes the output; of a unit that is short it joins the masses alone.
  *
  * The masses {m, l} come first: largest, sums, verdict. The outputs come meanwhile, through shared
  * memory, in tiles, as many under way as fit: that takes few instructions and no registers. What is
  * run once by a thread block costs by its length, since its code comes from L2 too. A thread owns
  * four output columns; where there are fewer such than threads, they share the partials and add up
  * in a fixed order. Nothing depends on which thread block does it, or when.
+ *
+ * All of it is inline, as is all that takes the view: where a call hands its address on, the kernel's
+ * parameters are loaded from memory, anew behind every barrier (128K x 8: 480 us a layer for 470, with the
+ * fetch's registers kept out of local memory).
  *
  * What was read and what was not are the sums that the join forms anyway: the certificate costs no
  * pass over blocks. rho comes from quarter_m and quarter_e, integers that the attending warps added.
@@ -15,26 +19,25 @@
 
 #include <kernels/cuda/block.cuh>
 
-constexpr int JOIN_SLOTS = 2; /* tiles under way */
+constexpr int JOIN_SLOTS = 4; /* tiles: one is added, the others are under way */
 constexpr int JOIN_BATCH = 4; /* masses that a thread loads at once */
 
 template <class F> struct join_memory {
-    static constexpr int ROW_FLOATS = F::HEADS * (F::WIDTH + 2), ROWS_FIT = 11440 / ROW_FLOATS;
-    static constexpr int ROWS = ROWS_FIT < 22 ? ROWS_FIT : 22; /* partials of a tile */
+    static constexpr int ROW_FLOATS = F::HEADS * (F::WIDTH + 4), ROWS_FIT = 5808 / ROW_FLOATS;
+    static constexpr int ROWS = ROWS_FIT < 16 ? ROWS_FIT : 16; /* partials of a tile */
     static constexpr int QUADS = F::HEADS * F::WIDTH / 4;
     static constexpr int PER_THREAD = QUADS > ATTEND_THREADS ? QUADS / ATTEND_THREADS : 1;
 
     float tile[JOIN_SLOTS][ROWS * ROW_FLOATS];
     float4 slice[ATTEND_THREADS];
-    float of_warp[3][GROUP][F::HEADS];
-    float weight[ROWS][F::HEADS];
+    float2 of_warp[2][GROUP][F::HEADS];
     float largest[F::HEADS], sum[F::HEADS];
     uint32_t is_short, is_bad;
 };
 
 struct join_range {
     const float *partial; /* [n] of winnow_gpu_partial_floats */
-    uint32_t n_read, n;   /* the first n_read were read, the others are estimates */
+    uint32_t n;
 };
 
 /* Mass of a head, relative to the largest m met: what was read and what was not. */
@@ -42,29 +45,32 @@ struct join_mass {
     float largest, read, rest;
 };
 
-/* Of a value that thread t holds for head t % HEADS: over all threads, in a fixed order. */
+/* Of values that thread t holds for head t % HEADS: over all threads, in a fixed order. */
 template <class F, class Join>
-__device__ inline float heads_reduce(float x, float (*of_warp)[F::HEADS], Join join)
+__device__ inline float2 heads_reduce(float2 x, float2 (*of_warp)[F::HEADS], Join join)
 {
     uint32_t lane = lane_id();
 
 #pragma unroll
     for (int offset = 16; offset >= F::HEADS; offset /= 2)
-        x = join(x, __shfl_xor_sync(~0u, x, offset));
+        x = {join(x.x, __shfl_xor_sync(~0u, x.x, offset)),
+             join(x.y, __shfl_xor_sync(~0u, x.y, offset))};
     if (lane < F::HEADS)
         of_warp[threadIdx.x / 32][lane] = x;
     __syncthreads();
     x = of_warp[0][lane % F::HEADS];
 #pragma unroll
-    for (int i = 1; i < GROUP; i++)
-        x = join(x, of_warp[i][lane % F::HEADS]);
+    for (int i = 1; i < GROUP; i++) {
+        float2 y = of_warp[i][lane % F::HEADS];
+        x = {join(x.x, y.x), join(x.y, y.y)};
+    }
     return x;
 }
 
-/* {m, l} of head t % HEADS in partials first .. + step, .., by thread t; {-inf, } beyond the end. */
+/* Mass of head t % HEADS in partials first .. + step, .., by thread t; {-inf, } beyond the end. */
 template <class F>
 __device__ inline void masses_load(const winnow_gpu_view &view, const join_range &range,
-                                   uint32_t first, float2 (&x)[JOIN_BATCH])
+                                   uint32_t first, float4 (&x)[JOIN_BATCH])
 {
     uint32_t g = threadIdx.x % F::HEADS, row = winnow_gpu_partial_floats(&view);
 
@@ -73,16 +79,16 @@ __device__ inline void masses_load(const winnow_gpu_view &view, const join_range
     for (int k = 0; k < JOIN_BATCH; k++) {
         uint32_t i = first + k * ATTEND_THREADS / F::HEADS;
         bool is_there = i < range.n && g < view.n_group;
-        const float *at = range.partial + (uint64_t)i * row + 2 * g;
-        uint2 bits = load_if(is_there, (const uint2 *)at);
-        x[k] = {is_there ? __uint_as_float(bits.x) : -INFINITY, __uint_as_float(bits.y)};
+        uint4 bits = load_if(is_there, (const uint4 *)(range.partial + (uint64_t)i * row) + g);
+        x[k] = {is_there ? __uint_as_float(bits.x) : -INFINITY, __uint_as_float(bits.y),
+                __uint_as_float(bits.z), 0};
     }
 }
 
 /* The mass of head t % HEADS, in thread t; x: the first ones' (masses_load). */
 template <class F>
 __device__ inline join_mass mass_join(const winnow_gpu_view &view, const join_range &range,
-                                      float2 (&x)[JOIN_BATCH], float (*of_warp)[GROUP][F::HEADS])
+                                      float4 (&x)[JOIN_BATCH], float2 (*of_warp)[GROUP][F::HEADS])
 {
     constexpr uint32_t STEP = ATTEND_THREADS / F::HEADS;
     join_mass mass = {-INFINITY, 0, 0};
@@ -101,16 +107,17 @@ __device__ inline join_mass mass_join(const winnow_gpu_view &view, const join_ra
         mass = {largest, mass.read * shrink, mass.rest * shrink};
 #pragma unroll
         for (int k = 0; k < JOIN_BATCH; k++) {
-            float l = shrink_of(x[k].x, largest) * x[k].y;
-            (first + threadIdx.x / F::HEADS + k * STEP < range.n_read ? mass.read : mass.rest) += l;
+            float w = shrink_of(x[k].x, largest);
+            mass.read += w * x[k].y;
+            mass.rest += w * x[k].z;
         }
     }
-    float largest =
-        heads_reduce<F>(mass.largest, of_warp[0], [](float a, float b) { return fmaxf(a, b); });
+    auto larger = [](float a, float b) { return fmaxf(a, b); };
+    float largest = heads_reduce<F>({mass.largest, 0}, of_warp[0], larger).x;
     float shrink = shrink_of(mass.largest, largest);
     auto add = [](float a, float b) { return a + b; };
-    float read = heads_reduce<F>(mass.read * shrink, of_warp[1], add);
-    return {largest, read, heads_reduce<F>(mass.rest * shrink, of_warp[2], add)};
+    float2 sum = heads_reduce<F>({mass.read * shrink, mass.rest * shrink}, of_warp[1], add);
+    return {largest, sum.x, sum.y};
 }
 
 /* Starts the loads of a tile; past the end nothing, but a group of them all the same. */
@@ -162,40 +169,31 @@ __device__ inline void tile_add(const winnow_gpu_view &view, const float *tile, 
         uint32_t p = to.quad + k * ATTEND_THREADS;
         if (p >= to.n_quads)
             break;
-        const float *at = tile + winnow_gpu_partial_at(&view) + 4 * p;
+        const float *at = tile + winnow_gpu_partial_at(&view) + 4 * p, *m = tile + 4 * to.g[k];
+        float largest = memory->largest[to.g[k]];
         float4 o = to.o[k];
 #pragma unroll 4
         for (uint32_t r = to.slice; r < n; r += to.n_slices) {
             float4 x = *(const float4 *)(at + r * row);
-            float w = memory->weight[r][to.g[k]];
+            float w = m[r * row] == -INFINITY ? 0 : exp_or_0(m[r * row] - largest);
             o.x += w * x.x, o.y += w * x.y, o.z += w * x.z, o.w += w * x.w;
         }
         to.o[k] = o;
     }
 }
 
-/* The weighed outputs, in the threads of slice 0. The first tiles are under way. largest: of head
- * t % HEADS. */
+/* The weighed outputs, in the threads of slice 0. The first tiles are under way. */
 template <class F>
 __device__ inline void join_outputs(const winnow_gpu_view &view, const join_range &range,
-                                    float largest, join_memory<F> *memory, join_output<F> &to)
+                                    join_memory<F> *memory, join_output<F> &to)
 {
-    uint32_t r = threadIdx.x / F::HEADS, g = threadIdx.x % F::HEADS;
-
 #pragma unroll 1
     for (uint32_t tile = 0; tile * memory->ROWS < range.n; tile++) {
-        const float *at = memory->tile[tile % JOIN_SLOTS];
         uint32_t n = min(range.n - tile * memory->ROWS, (uint32_t)memory->ROWS);
-        copies_wait<JOIN_SLOTS - 1>();
-        __syncthreads();
-        if (r < n && g < view.n_group) {
-            float m = at[r * winnow_gpu_partial_floats(&view) + 2 * g];
-            memory->weight[r][g] = m == -INFINITY ? 0 : exp_or_0(m - largest);
-        }
-        __syncthreads();
-        tile_add<F>(view, at, n, memory, to);
-        __syncthreads();
-        tile_load<F>(view, range, tile + JOIN_SLOTS, memory);
+        copies_wait<JOIN_SLOTS - 2>();
+        __syncthreads(); /* and everyone is done with the tile before */
+        tile_load<F>(view, range, tile + JOIN_SLOTS - 1, memory);
+        tile_add<F>(view, memory->tile[tile % JOIN_SLOTS], n, memory, to);
     }
     if (to.n_slices == 1)
         return;
@@ -238,7 +236,8 @@ __device__ inline float join_verify(winnow_gpu_unit *unit, uint32_t g, const joi
     float reached = of.has_unknown ? 0 : all > 0 ? has.read / all : 1;
     unit->rho[g] = rho;
     unit->mass[g] = reached;
-    unit->need[g] = need > 0 ? need * expf(has.largest - of.largest) : 0;
+    if (is_first_round)
+        unit->need[g] = need > 0 ? need * expf(has.largest - of.largest) : 0;
     return reached;
 }
 
@@ -310,16 +309,16 @@ __device__ inline bool count_done(uint32_t *counter, uint32_t n, uint32_t *is_la
     return *is_last;
 }
 
-/* range: of the unit. */
-template <class F, bool IS_FIRST>
-__device__ __noinline__ void unit_join(const winnow_gpu_view &view, uint32_t unit_idx,
-                                       join_range range, join_memory<F> *memory)
+/* range: of the unit. False: it is short of P, nothing is written. */
+template <class F>
+__device__ inline bool unit_join(const winnow_gpu_view &view, uint32_t unit_idx, join_range range,
+                                 bool is_first_round, join_memory<F> *memory)
 {
-    float2 masses[JOIN_BATCH];
+    float4 masses[JOIN_BATCH];
 
     masses_load<F>(view, range, 0, masses);
 #pragma unroll 1
-    for (uint32_t tile = 0; tile < JOIN_SLOTS; tile++)
+    for (uint32_t tile = 0; tile < JOIN_SLOTS - 1; tile++)
         tile_load<F>(view, range, tile, memory);
     uint32_t item_idx = unit_idx / view.n_kv_heads, head = unit_idx % view.n_kv_heads;
     uint32_t g = min(threadIdx.x, view.n_group - 1);
@@ -337,25 +336,24 @@ __device__ __noinline__ void unit_join(const winnow_gpu_view &view, uint32_t uni
     join_output<F> output = output_of<F>(view);
     join_mass has = mass_join<F>(view, range, masses, memory->of_warp);
     if (threadIdx.x < view.n_group) {
-        float reached = join_verify(unit, g, estimates, mass, has, IS_FIRST);
+        float reached = join_verify(unit, g, estimates, mass, has, is_first_round);
         memory->largest[g] = has.largest;
         memory->sum[g] = has.read + has.rest;
         /* What is missing on disk is no reason to read what was not selected. */
-        if (IS_FIRST && reached < mass && is_more && n_disk == 0)
+        if (is_first_round && reached < mass && is_more && n_disk == 0)
             memory->is_short = 1;
     }
-    join_outputs<F>(view, range, has.largest, memory, output);
+    __syncthreads();
     if (memory->is_short) {
-        if (threadIdx.x == 0) {
-            unit->is_short = 1;
-            unit->n_done = 0;
-            atomicAdd(&view.queue[0].n_short, 1);
-        }
-        return;
+        copies_wait<0>();
+        __syncthreads();
+        return false;
     }
+    join_outputs<F>(view, range, memory, output);
     if (!join_write<F>(view, out, lse, (uint64_t)head * view.n_group, output, memory))
         memory->is_bad = 1;
     __syncthreads();
     if (threadIdx.x == 0 && memory->is_bad)
         unit->status = EDOM_STATUS;
+    return true;
 }

@@ -3,6 +3,7 @@
  *
  * Arithmetic saturates, so that a size too large is seen once, at the end.
  */
+#include <base/assert.h>
 #include <errno.h>
 #include <kernels/cuda/index_pack.h>
 #include <kernels/cuda/layout.h>
@@ -132,13 +133,13 @@ uint32_t winnow_gpu_layout_partials(const struct winnow_gpu_view *view, uint32_t
     uint32_t n_tail = (view->n_sink_blocks + view->ring_blocks + 7) / WINNOW_GROUP_BLOCKS;
     uint32_t n_chunks = (n_blocks + WINNOW_GPU_CHUNK_BLOCKS - 1) / WINNOW_GPU_CHUNK_BLOCKS;
 
-    /* two rounds may each end with a group that is not full */
-    return n_tail + n_blocks / WINNOW_GROUP_BLOCKS + 2 + (n_chunks > 0 ? n_chunks : 1);
+    return n_tail + n_blocks / WINNOW_GROUP_BLOCKS + (n_chunks > 0 ? n_chunks : 1);
 }
 
 static void area_add(struct winnow_gpu_layout *layout, void *pointer, uint64_t n_bytes,
                      uint64_t *of)
 {
+    winnow_assert(layout->n_areas < WINNOW_GPU_AREAS_MAX);
     n_bytes = aligned(n_bytes);
     layout->area[layout->n_areas++] = (struct winnow_gpu_area){(void **)pointer, n_bytes, of};
     layout->n_bytes = plus(layout->n_bytes, n_bytes);
@@ -204,7 +205,7 @@ static void launch_areas(struct winnow_gpu_layout *layout, const struct winnow_g
     area_add(layout, &view->unit, times(n_units, sizeof *view->unit), of);
     area_add(layout, &view->tally, sizeof *view->tally, of);
     area_add(layout, &view->unit_tally, times(n_units, sizeof *view->unit_tally), of);
-    area_add(layout, &view->queue, 2 * sizeof *view->queue, of);
+    area_add(layout, &view->queue, sizeof *view->queue, of);
     area_add(layout, &view->ln_e, times(n, view->n_group * sizeof *view->ln_e), of);
     area_add(layout, &view->key, times(n, sizeof *view->key), of);
     area_add(layout, &view->selected, n, of);
@@ -214,6 +215,12 @@ static void launch_areas(struct winnow_gpu_layout *layout, const struct winnow_g
     area_add(layout, &view->ready,
              times(plus(n_partials, WINNOW_GPU_READY_SLACK), sizeof *view->ready), of);
     area_add(layout, &view->waiting, times(n_partials, sizeof *view->waiting), of);
+    /* two passes over the chunks, and a word for each thread block to end by */
+    layout->n_more = plus(times(2, plus(n / WINNOW_GPU_CHUNK_BLOCKS, n_units)),
+                          WINNOW_GPU_READY_SLACK);
+    area_add(layout, &view->more, times(layout->n_more, sizeof *view->more), of);
+    area_add(layout, &view->bins,
+             times(times(n_units, view->n_group + 1), WINNOW_GPU_BINS * sizeof *view->bins), of);
     area_add(layout, &view->partial, times(n_partials, partial_floats * sizeof *view->partial), of);
 }
 

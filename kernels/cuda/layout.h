@@ -9,7 +9,7 @@ extern "C" {
 
 enum {
     WINNOW_GPU_RING_SLACK_BLOCKS = 32, /* of a tail beyond one segment: what is being sealed */
-    WINNOW_GPU_AREAS_MAX = 40,
+    WINNOW_GPU_AREAS_MAX = 48,
 };
 
 /* Bytes that belong to a pointer of the view. */
@@ -23,6 +23,7 @@ struct winnow_gpu_layout {
     struct winnow_gpu_view view; /* its pointers are set by winnow_gpu_layout_place */
     struct winnow_gpu_sizes sizes;
     uint64_t n_bytes, n_blocks_max; /* blocks of a launch, all KV heads */
+    uint64_t n_more;                /* words of view.more */
     /* A launch's q, k, v of one item, its out, lse and certificate: bytes, and where each lies. */
     uint64_t in_bytes, k_at, v_at, out_bytes, lse_at, certificate_at;
     /* Of build jobs, one after the other: rows of keys, then of values; results; scratch. */

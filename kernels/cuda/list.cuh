@@ -25,15 +25,13 @@ template <int N_THREADS> static __device__ rows rows_of(uint32_t first, uint32_t
     return {first + threadIdx.x / 32 * n_rows * 32 + threadIdx.x % 32, n_rows, first + n};
 }
 
-/* What a round lists. */
+/* Whose list it is. */
 struct list {
     winnow_gpu_place unit;
-    uint32_t unit_idx, block_first, round;
-    uint32_t first, group_first; /* of the unit's listed, and of its groups */
-    uint32_t n_segments;
+    uint32_t unit_idx, block_first, n_segments;
 };
 
-/* Of the round's list, what a thread block has listed. */
+/* Of the list, what a thread block has listed. */
 struct listed_run {
     uint32_t first, end;
 };
@@ -83,7 +81,7 @@ template <int N_THREADS, class KEY>
 static __device__ listed_run list_write(const winnow_gpu_view &view, team team, const list &list,
                                         uint32_t first, uint32_t n, memory *memory, KEY key_at)
 {
-    winnow_gpu_listed *listed = view.listed + list.block_first + list.first;
+    winnow_gpu_listed *listed = view.listed + list.block_first;
     uint32_t class_end = memory->class_end, n_max = memory->n_of_class_end;
     uint32_t n_sure = 0, n_maybe = 0, lanes_below = (1u << threadIdx.x % 32) - 1, smallest = ~0u;
     float origin = memory->origin, ln_cut = memory->ln_cut;
@@ -121,8 +119,8 @@ static __device__ listed_run list_write(const winnow_gpu_view &view, team team, 
                 memory->listed[at - mine.first] = b;
             smallest = min(smallest, float_rank(key));
         }
-        if (b < rows.end && (is_selected || list.round == 1))
-            view.selected[list.block_first + b] = is_selected ? list.round : 0;
+        if (b < rows.end)
+            view.selected[list.block_first + b] = is_selected;
         n_sure += __popc(sure);
         n_maybe += __popc(maybe);
     }
@@ -161,10 +159,10 @@ static __device__ void resolved_count(const winnow_gpu_resolved &block, bool is_
 static __device__ void list_resolve(const winnow_gpu_view &view, const list &list,
                                     const listed_run &mine, uint32_t n, memory *memory)
 {
-    winnow_gpu_listed *listed = view.listed + list.block_first + list.first;
+    winnow_gpu_listed *listed = view.listed + list.block_first;
     uint32_t n_kept = min(N_LISTED, mine.end - mine.first);
     uint32_t first = (mine.first + 7) / 8 * 8, end = min((mine.end + 7) / 8 * 8, n);
-    winnow_gpu_queue *queue = view.queue + list.round - 1;
+    winnow_gpu_queue *queue = view.queue;
     uint32_t *queue_n = threadIdx.x == 0   ? &queue->n_fetch
                         : threadIdx.x == 1 ? &queue->n_ready
                                            : &queue->n_waiting;
@@ -199,7 +197,7 @@ static __device__ void list_resolve(const winnow_gpu_view &view, const list &lis
             memory->push_first[threadIdx.x] = atomicAdd(queue_n, memory->n_push[threadIdx.x]);
         resolved_count(is, i < end, memory);
         __syncthreads();
-        winnow_gpu_work work = {list.unit_idx, list.group_first + i / 8};
+        winnow_gpu_work work = {list.unit_idx, i / 8};
         if (is_pushed[0])
             view.fetch[memory->push_first[0] + place[0]] = {is.home, is.slot};
         if (is_pushed[1])
@@ -233,13 +231,12 @@ static __device__ void counts_write(const winnow_gpu_view &view, winnow_gpu_unit
 }
 
 /* Queues all chunks of a unit. One warp. */
-static __device__ void chunks_push(const winnow_gpu_view &view, uint32_t unit_idx, uint32_t round)
+static __device__ void chunks_push(const winnow_gpu_view &view, uint32_t unit_idx)
 {
-    winnow_gpu_queue *queue = view.queue + round - 1;
     uint32_t n = view.unit[unit_idx].n_chunks, lane = threadIdx.x % 32, first = 0;
 
     if (lane == 0)
-        first = atomicAdd(&queue->n_ready, n);
+        first = atomicAdd(&view.queue->n_ready, n);
     first = __shfl_sync(~0u, first, 0);
 #pragma unroll 1
     for (uint32_t i = lane; i < n; i += 32)

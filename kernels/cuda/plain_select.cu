@@ -1,7 +1,7 @@
 /*
  * Select and select_more, plain: one thread block, ref's definitions. Sums are fixed point and take
  * any order; a prefix ends where a scan over runs of the sorted list says so. The stages `select`
- * and `more` decide by bins and never sort.
+ * and `attend` decide by bins and never sort.
  */
 #include <kernels/cuda/plain.cuh>
 

@@ -175,7 +175,7 @@ __device__ void totals_send(team team, uint32_t n_group, memory *memory)
 /* Mass of sinks and tail for head g, the ln of it, from their partials. One warp. */
 __device__ float tail_mass(const winnow_gpu_view &view, const part &part, uint32_t g)
 {
-    const float *at = part.tail + 2 * g;
+    const float *at = part.tail + 4 * g;
     uint32_t row = winnow_gpu_partial_floats(&view);
     float largest = -INFINITY, sum = 0;
 
@@ -428,7 +428,7 @@ __global__ void __launch_bounds__(N, 1024 / N)
     extern __shared__ __align__(16) uint8_t dynamic[];
     memory *memory = (struct memory *)dynamic;
     team team = {blockIdx.x, gridDim.x};
-    list list = {{}, blockIdx.z * view.n_kv_heads + blockIdx.y, 0, 1, 0, 0, 0};
+    list list = {{}, blockIdx.z * view.n_kv_heads + blockIdx.y, 0, 0};
     part part;
 
     later_kernel_launch();
@@ -448,14 +448,17 @@ __global__ void __launch_bounds__(N, 1024 / N)
     uint32_t status = part.unit->status;
     list.unit.stamp = view.launch->stamp;
     totals_find<G, N>(view, team, part, memory);
-    if (status != 0)
+    if (status != 0) {
+        if (team.rank == 0 && threadIdx.x < 32)
+            chunks_push(view, list.unit_idx);
         return;
+    }
     keys_find<G, N>(view, team, part, memory);
     selection_find(team, part.n_group, n_max, memory);
     keys_write<N>(view, part, memory);
     if (team.rank == 0 && threadIdx.x >= N - 32) {
         quarter_find(team, part.n_group, memory);
-        chunks_push(view, list.unit_idx, 1);
+        chunks_push(view, list.unit_idx);
     }
     listed_run mine = list_write<N>(view, team, list, part.first, part.n, memory, [&](uint32_t b) {
         uint32_t i = b - part.first;

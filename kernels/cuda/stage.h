@@ -34,8 +34,6 @@ cudaError_t winnow_gpu_stage_whole(const struct winnow_gpu_view *, const struct 
                                    cudaStream_t);
 cudaError_t winnow_gpu_stage_attend(const struct winnow_gpu_view *, const struct winnow_gpu_grid *,
                                     cudaStream_t);
-cudaError_t winnow_gpu_stage_more(const struct winnow_gpu_view *, const struct winnow_gpu_grid *,
-                                  cudaStream_t);
 /* Once, before the first launch: shared memory and other attributes of the kernels. Calls those of
  * the stages. */
 cudaError_t winnow_gpu_stages_prepare(const struct winnow_gpu_view *);
@@ -43,11 +41,6 @@ cudaError_t winnow_gpu_scan_prepare(const struct winnow_gpu_view *);
 cudaError_t winnow_gpu_select_prepare(const struct winnow_gpu_view *);
 cudaError_t winnow_gpu_tail_prepare(const struct winnow_gpu_view *);
 cudaError_t winnow_gpu_attend_prepare(const struct winnow_gpu_view *);
-cudaError_t winnow_gpu_more_prepare(const struct winnow_gpu_view *);
-/* Of more: its first kernel. */
-cudaError_t winnow_gpu_list_more_prepare(const struct winnow_gpu_view *);
-cudaError_t winnow_gpu_list_more_put(const struct winnow_gpu_view *, const struct winnow_gpu_grid *,
-                                     cudaStream_t);
 
 #ifdef __cplusplus
 }

@@ -204,8 +204,8 @@ __device__ void unit_write(const winnow_gpu_view &view, const winnow_gpu_item &i
     const winnow_gpu_launch *launch = view.launch;
     winnow_gpu_unit *unit = view.unit + unit_idx;
     uint32_t item_idx = unit_idx / view.n_kv_heads, head = unit_idx % view.n_kv_heads;
-    uint32_t n_blocks = item.n_segments * view.span_blocks,
-             n_words = view.k_width / 16 * F::PARTS * 64;
+    uint32_t n_of_item = item.n_segments * view.span_blocks, n_blocks = status ? 0 : n_of_item;
+    uint32_t n_words = view.k_width / 16 * F::PARTS * 64;
     uint32_t *q_fragment = view.q_fragment + (uint64_t)unit_idx * n_words;
 
     for (uint32_t i = threadIdx.x; !status && i < n_words; i += ATTEND_THREADS)
@@ -220,7 +220,7 @@ __device__ void unit_write(const winnow_gpu_view &view, const winnow_gpu_item &i
     unit->session = item.session;
     unit->status = status;
     unit->n_blocks = n_blocks;
-    unit->block_first = launch->block_first[item_idx] + head * n_blocks;
+    unit->block_first = launch->block_first[item_idx] + head * n_of_item;
     unit->partial_first = partial_first(launch, item_idx, head);
     if (!status)
         unit->n_tail_groups = tail_groups_of(view, item);
@@ -291,7 +291,7 @@ __device__ void unit_attend(const winnow_gpu_view &view, const winnow_gpu_item &
         else
             block_absent<F>(&memory->group);
         __syncthreads();
-        group_join<F>(view, &memory->group, partial + (uint64_t)group * row);
+        group_join<F>(view, &memory->group, true, NULL, partial + (uint64_t)group * row);
         __syncthreads();
     }
 }
@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(F::TAIL_THREADS, F::BLOCKS_PER_SM)
 
     later_kernel_launch();
     if (is_first)
-        words_zero(view.queue, 2 * sizeof *view.queue);
+        words_zero(view.queue, sizeof *view.queue);
     /* asked for beside n_units; read where there is none, not used */
     winnow_gpu_item item = view.launch->item[blockIdx.x / view.n_kv_heads];
     if (blockIdx.x < view.launch->n_units)

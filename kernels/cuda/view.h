@@ -12,18 +12,18 @@
  *   select  keys, histogram, threshold; selected blocks listed in list order; each resolved to a
  *           place (slot, stage, host) and the missing handed to the fetchers; groups queued
  *   attend  the first thread blocks fetch, the others attend groups and compensate chunks; the
- *           last of a unit joins its partials in order, verifies, writes out (unless short)
- *   more    units short of P: the second round, read, attended, joined again, written; then the
- *           items' certificates, and the word that says the launch is complete
+ *           last of a unit joins its partials in order, verifies, and writes out; or, short of P,
+ *           begins the unit's second round (more.cuh). The last of all writes the items'
+ *           certificates, and the word that says the launch is complete
  *
  * A launch of whole items (mass 1) has no scan, and `whole` in select's place; no unit is short:
  *   whole   every block listed in order, resolved without an eviction; fetches and groups queued
  *
  * Partials of a unit stand in one order, which is the order of joining:
  *   tail groups (8 blocks: sinks, then tail by position), groups of 8 selected in list order,
- *   chunks of 512 unselected blocks compensated
- * and, after a second round: tail, selected, groups of the second round, chunks anew. Which thread
- * block made a partial, and whether a block came from a slot or from the host, is in no bit of it.
+ *   chunks of 512 unselected blocks compensated, with what the second round read of them
+ * Which thread block made a partial, and whether a block came from a slot or from the host, is in
+ * no bit of it.
  *
  * Index of a segment slot: [layer][KV head] of `unit_bytes`, n = S / 16 blocks:
  *   record [n / 8] of record_bytes: 8 blocks' codes (8 d' bytes each), centroids (d each), code
@@ -72,14 +72,16 @@ struct winnow_gpu_fetch {
     uint32_t home, slot; /* from, to */
 };
 
-/* A group of a unit's list, or a chunk to compensate: its blocks 512 i .. 512 i + 511. Group i holds
- * listed 8 i .. 8 i + 7 of the first n_selected; of the second round group n_groups + i holds
- * n_selected + 8 i .. */
+/* A group of a unit's list: listed 8 i .. 8 i + 7; or a chunk to compensate: its blocks 512 i ..
+ * 512 i + 511; or what the second round does with a chunk. */
 struct winnow_gpu_work {
     uint32_t unit;
-    uint32_t idx; /* group, or WINNOW_GPU_WORK_CHUNK | chunk */
+    uint32_t idx; /* group, or one of these | chunk */
 };
-#define WINNOW_GPU_WORK_CHUNK 0x80000000u
+#define WINNOW_GPU_WORK_CHUNK 0x80000000u /* set in the next two as well */
+#define WINNOW_GPU_WORK_FIND  0xc0000000u /* its unread blocks into the unit's bins */
+#define WINNOW_GPU_WORK_AGAIN 0xa0000000u /* what the bins chose read, the rest compensated anew */
+#define WINNOW_GPU_WORK_KINDS 0xe0000000u
 
 /* Sums are u64 fixed point 2^-40 of exp(. - largest[g]), saturating, as in ref. */
 struct winnow_gpu_unit {
@@ -88,16 +90,18 @@ struct winnow_gpu_unit {
     uint32_t n_blocks;      /* sealed, of its list */
     uint32_t block_first;   /* of its ln_e, key, selected, listed: view arrays at this block */
     uint32_t partial_first; /* of its partials */
-    uint32_t n_tail_groups, n_groups, n_groups_more;
+    uint32_t n_tail_groups, n_groups;
     uint32_t n_chunks; /* set by tail, 1 at least; select queues them all. Whole: 1 if no block */
     uint32_t n_selected, n_more; /* of listed: the first round's, then the second's */
     uint32_t n_device, n_host, n_unfit, n_disk;
-    uint32_t n_done;      /* partials of this round finished: the last joins */
-    uint32_t is_short;    /* set by attend: `more` has work */
-    uint32_t has_unknown; /* an unread block of unknown estimate: the certificate is 0 */
-    float key_threshold;  /* of the last selected (none: of the first): 8 nats below it is far */
-    float key_quarter;    /* the last quarter of the selected, at least 4: key < this, known */
-    float key_largest;    /* of the known; -inf: none is */
+    uint32_t n_done;            /* partials of this round finished: the last joins */
+    uint32_t more_end, more_of; /* second round: bins before this one, and so many blocks of it */
+    float more_threshold;       /* and key_threshold before it */
+    uint32_t has_unknown;       /* an unread block of unknown estimate: the certificate is 0 */
+    /* Of the last selected (none: of the first), after a second round to a bin: 8 nats below is far. */
+    float key_threshold;
+    float key_quarter; /* the last quarter of the selected, at least 4: key < this, known */
+    float key_largest; /* of the known; -inf: none is */
     float largest[WINNOW_GQA_MAX]; /* of ln_z, the mass of sinks and tail, and the known ln_e */
     uint64_t z[WINNOW_GQA_MAX], total[WINNOW_GQA_MAX]; /* exp(ln_z), and with all ln_e */
     uint64_t quarter_m[WINNOW_GQA_MAX], quarter_e[WINNOW_GQA_MAX]; /* of the last quarter: rho */
@@ -106,9 +110,10 @@ struct winnow_gpu_unit {
     float need[WINNOW_GQA_MAX]; /* short: exp(ln_e - largest) that the second round has to add */
 };
 
-/* What scan counts in, before anything is cleared: 0 between launches, as who counts last or reads
+/* What is counted in before anything is cleared: 0 between launches, as who counts last or reads
  * leaves it. */
 struct winnow_gpu_tally {
+    uint32_t ticket_next, n_gone; /* of attend: tickets drawn; thread blocks that have ended */
     uint32_t scan_next[WINNOW_GPU_SCAN_RUNS_MAX]; /* records of each run that scan has taken */
     /* Beside it (ahead.cuh): blocks listed; thread blocks that have scanned; warps that have left */
     uint32_t n_foreseen, n_scanned, n_left;
@@ -118,15 +123,14 @@ struct winnow_gpu_unit_tally {
 };
 
 /*
- * Counters that stages hand each other, one set a round; cleared by tail. Filled by select (the
- * second by `more`, whose lists begin at 0 again): blocks to fetch; ready work, which is groups
- * without a missing block and all chunks; and groups that wait for a block.
+ * Counters that stages hand each other; cleared by tail. Filled by select: blocks to fetch; ready
+ * work, which is groups without a missing block and all chunks; and groups that wait for a block.
  */
 struct winnow_gpu_queue {
     uint32_t n_fetch, n_ready, n_waiting;
-    uint32_t work_next, ticket_next, fetch_next; /* taken by attend, more */
-    uint32_t n_short;                            /* units that are short after this round */
-    uint32_t n_ended; /* thread blocks of `more` that have nothing left to do */
+    uint32_t fetch_next; /* taken by attend */
+    uint32_t n_more;     /* work of second rounds, handed out by attend */
+    uint32_t n_ended;    /* units whose output is written */
 };
 
 /* What a step leaves for its session's next in this layer and head. */
@@ -195,13 +199,15 @@ struct winnow_gpu_view {
     struct winnow_gpu_unit *unit;
     struct winnow_gpu_tally *tally;
     struct winnow_gpu_unit_tally *unit_tally; /* [unit] */
-    struct winnow_gpu_queue *queue;           /* [2] */
-    float *ln_e;                              /* [block][G] */
-    float *key;                               /* [block] */
-    uint8_t *selected;                        /* [block]: 0, 1, 2 (second round) */
-    struct winnow_gpu_listed *listed;         /* [block] */
+    struct winnow_gpu_queue *queue;
+    float *ln_e;                      /* [block][G] */
+    float *key;                       /* [block] */
+    uint8_t *selected;                /* [block]: 0, 1, 2 (second round) */
+    struct winnow_gpu_listed *listed; /* [block] */
     struct winnow_gpu_fetch *fetch;
     struct winnow_gpu_work *ready, *waiting;
+    uint64_t *more; /* work of second rounds, 0: not there yet; all 0 between launches */
+    uint32_t *bins; /* [unit][G + 1][WINNOW_GPU_BINS] second round: shares of T a head, counts */
     float *partial; /* [partial] of winnow_gpu_partial_floats */
     uint32_t n_fetchers;
     volatile uint32_t *done; /* pinned; gets the launch's stamp when all is written; or NULL */
@@ -218,10 +224,10 @@ winnow_gpu_q_fragment_words(const struct winnow_gpu_view *view)
     return view->k_width / 16 * n_parts * 64;
 }
 
-/* A partial: {m, l} of every head, an even number of them, then o [G][v_width]. In 16 bytes. */
+/* A partial: {m, l of what was read, l of estimates, 0} of every head, then o [G][v_width]. */
 WINNOW_GPU_ANYWHERE static inline uint32_t winnow_gpu_partial_at(const struct winnow_gpu_view *view)
 {
-    return (view->n_group + 1) / 2 * 4;
+    return 4 * view->n_group;
 }
 
 WINNOW_GPU_ANYWHERE static inline uint32_t

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(ATTEND_THREADS)
 
     later_kernel_launch();
     earlier_kernels_wait();
-    if (unit_idx >= view.launch->n_units || view.unit[unit_idx].status != 0)
+    if (unit_idx >= view.launch->n_units)
         return;
     const winnow_gpu_unit *unit = view.unit + unit_idx;
     winnow_gpu_place place = {view.launch->item[unit->item].session, unit->layer, unit->head,

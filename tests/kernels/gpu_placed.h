@@ -94,7 +94,8 @@ static void view_init(void)
     view->q_fragment =
         device_alloc(N_UNITS * winnow_gpu_q_fragment_words(view) * sizeof(uint32_t), 0xff);
     view->unit = device_alloc(N_UNITS * sizeof *view->unit, 0xff);
-    view->queue = device_alloc(2 * sizeof *view->queue, 0xff);
+    view->tally = device_alloc(sizeof *view->tally, 0);
+    view->queue = device_alloc(sizeof *view->queue, 0xff);
     view->ln_e = device_alloc(n_blocks * g * sizeof(float), 0xff);
     view->key = device_alloc(n_blocks * sizeof(float), 0xff);
     view->selected = device_alloc(n_blocks, 0xff);
@@ -102,6 +103,8 @@ static void view_init(void)
     view->fetch = device_alloc(n_blocks * sizeof *view->fetch, 0xff);
     view->ready = device_alloc(n_blocks * sizeof *view->ready, 0xff);
     view->waiting = device_alloc(n_blocks * sizeof *view->waiting, 0xff);
+    view->more = device_alloc((n_blocks + WINNOW_GPU_READY_SLACK) * sizeof *view->more, 0);
+    view->bins = device_alloc(N_UNITS * (g + 1) * WINNOW_GPU_BINS * sizeof *view->bins, 0xff);
     view->partial =
         device_alloc(N_UNITS * PARTIALS * winnow_gpu_partial_floats(view) * sizeof(float), 0xff);
     size_t arena_bytes =
@@ -128,6 +131,7 @@ static void view_finish(void)
                       view->launch,
                       view->q_fragment,
                       view->unit,
+                      view->tally,
                       view->queue,
                       view->ln_e,
                       view->key,
@@ -136,6 +140,8 @@ static void view_finish(void)
                       view->fetch,
                       view->ready,
                       view->waiting,
+                      view->more,
+                      view->bins,
                       view->partial};
     for (size_t i = 0; i < sizeof memory / sizeof *memory; i++)
         CUDA(cudaFree(memory[i]));
@@ -252,7 +258,7 @@ struct places {
 
 /* What select would have left, for all units of the launch. */
 struct planted {
-    struct winnow_gpu_queue queue[2];
+    struct winnow_gpu_queue queue;
     struct winnow_gpu_fetch fetch[N_UNITS * N_BLOCKS_MAX];
     struct winnow_gpu_work ready[N_UNITS * N_BLOCKS_MAX], waiting[N_UNITS * N_BLOCKS_MAX];
     uint64_t word[N_SLOTS];
@@ -288,7 +294,7 @@ static bool block_plant(struct unit *unit, uint32_t u, uint32_t b, const struct 
     if (is_missed) {
         to->n_host++;
         planted.word[planted.n_slots] |= WINNOW_GPU_FETCHING;
-        planted.fetch[planted.queue[0].n_fetch++] =
+        planted.fetch[planted.queue.n_fetch++] =
             (struct winnow_gpu_fetch){.home = id * pages, .slot = slot};
     } else {
         to->n_device++;
@@ -304,7 +310,7 @@ static void unit_plant(uint32_t u, const struct places *places, struct winnow_rn
 {
     struct unit *unit = &scene.unit[u];
     struct winnow_selection *sel = &unit->sel;
-    struct winnow_gpu_queue *queue = &planted.queue[0];
+    struct winnow_gpu_queue *queue = &planted.queue;
     uint32_t n = 0, n_quarter = (sel->n_selected + 3) / 4 > 4 ? (sel->n_selected + 3) / 4 : 4;
     bool waits = false;
 
@@ -364,7 +370,7 @@ static double tail_ln_z(const struct winnow_gpu_unit *unit, uint32_t g)
     double largest = -INFINITY, sum = 0;
 
     for (uint32_t i = 0; i < unit->n_tail_groups; i++) {
-        from_device(of[i], scene.view.partial + (size_t)(unit->partial_first + i) * row + 2 * g,
+        from_device(of[i], scene.view.partial + (size_t)(unit->partial_first + i) * row + 4 * g,
                     sizeof of[i]);
         largest = fmax(largest, (double)of[i][0]);
     }
@@ -373,7 +379,7 @@ static double tail_ln_z(const struct winnow_gpu_unit *unit, uint32_t g)
     return largest + log(sum);
 }
 
-/* One launch: tail, the plan planted, attend and more. Poisons what is written. */
+/* One launch: tail, the plan planted, attend. Poisons what is written. */
 static void launch(const struct places *places, uint32_t n_fetchers, uint64_t seed)
 {
     struct winnow_gpu_view *view = &scene.view;
@@ -397,8 +403,11 @@ static void launch(const struct places *places, uint32_t n_fetchers, uint64_t se
     memset(&planted, 0, sizeof planted);
     for (uint32_t u = 0; u < N_UNITS; u++) {
         struct unit *unit = &scene.unit[u];
-        if (units[u].status)
+        if (units[u].status) {
+            planted.ready[planted.queue.n_ready++] =
+                (struct winnow_gpu_work){u, WINNOW_GPU_WORK_CHUNK};
             continue;
+        }
         for (uint32_t i = 0; i < g; i++)
             CHECK_NEAR(tail_ln_z(&units[u], i), unit->ln_z[i], 1e-3 + logit_difference(unit, i));
         memset(unit->selected, 0, unit->n_blocks);
@@ -412,12 +421,11 @@ static void launch(const struct places *places, uint32_t n_fetchers, uint64_t se
         to_device(view->listed + at, unit->listed, unit->n_blocks * sizeof *unit->listed);
     }
     to_device(view->unit, units, sizeof units);
-    to_device(view->queue, planted.queue, sizeof planted.queue);
+    to_device(view->queue, &planted.queue, sizeof planted.queue);
     to_device(view->fetch, planted.fetch, sizeof planted.fetch);
     to_device(view->ready, planted.ready, sizeof planted.ready);
     to_device(view->waiting, planted.waiting, sizeof planted.waiting);
     to_device(view->slot_word + N_SLOTS, planted.word, sizeof planted.word);
     CUDA(winnow_gpu_stage_attend(view, &scene.grid, 0));
-    CUDA(winnow_gpu_stage_more(view, &scene.grid, 0));
     CUDA(cudaDeviceSynchronize());
 }

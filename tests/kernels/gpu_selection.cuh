@@ -19,11 +19,11 @@ struct downloaded { /* of one launch after select */
     std::vector<uint64_t> word;
 };
 
-static downloaded download(const batch &b, uint32_t round)
+static downloaded download(const batch &b)
 {
     const winnow_gpu_view *v = &b.s.view;
     uint32_t n = b.s.launch->n_blocks;
-    winnow_gpu_queue queue = device_read(v->queue, 2)[round - 1];
+    winnow_gpu_queue queue = device_read(v->queue, 1)[0];
 
     return {device_read(v->ln_e, (size_t)n * v->n_group),
             device_read(v->key, n),
@@ -161,7 +161,7 @@ static void check_unit_select(const batch &b, const downloaded &d, uint32_t u, c
 }
 
 /* Every group once, in the right list, and every chunk once. */
-static void check_work(const downloaded &d, uint32_t round, const char *what)
+static void check_work(const downloaded &d, const char *what)
 {
     std::map<std::pair<uint32_t, uint32_t>, int> seen;
     size_t n = 0;
@@ -178,23 +178,21 @@ static void check_work(const downloaded &d, uint32_t round, const char *what)
                        "%s: chunk", what);
                 continue;
             }
-            uint32_t first = round == 1 ? 0 : unit.n_selected, group = work.idx;
-            uint32_t end = first + (round == 1 ? unit.n_selected : unit.n_more);
-            group -= round == 1 ? 0 : unit.n_groups;
-            for (uint32_t i = first + 8 * group; i < end && i < first + 8 * group + 8; i++) {
+            uint32_t first = 8 * work.idx;
+            for (uint32_t i = first; i < unit.n_selected && i < first + 8; i++) {
                 uint32_t place = d.listed[unit.block_first + i].place;
                 waits |= place < d.word.size() && (d.word[place] & WINNOW_GPU_FETCHING);
             }
             EXPECT(waits == is_waiting, "%s: unit %u: group %u in the wrong list", what, work.unit,
-                   group);
+                   work.idx);
         }
     for (const winnow_gpu_unit &unit : d.unit)
-        n += (round == 1 ? unit.n_groups : unit.n_groups_more) + unit.n_chunks;
-    EXPECT(round == 2 || n == seen.size(), "%s: %zu pieces of work, not %zu", what, seen.size(), n);
+        n += unit.n_groups + unit.n_chunks;
+    EXPECT(n == seen.size(), "%s: %zu pieces of work, not %zu", what, seen.size(), n);
 }
 
 /* Every listed block is where it is said to be, and what is being fetched is fetched once. */
-static void check_places(batch *b, const downloaded &d, uint32_t round, const char *what)
+static void check_places(batch *b, const downloaded &d, const char *what)
 {
     std::set<uint32_t> slots, ids;
 
@@ -209,18 +207,15 @@ static void check_places(batch *b, const downloaded &d, uint32_t round, const ch
                "%s: slot %zu waits for no fetch", what, slot);
     for (uint32_t u = 0; u < d.unit.size(); u++) {
         const winnow_gpu_unit &unit = d.unit[u];
-        uint32_t first = round == 1 ? 0 : unit.n_selected;
-        uint32_t end = first + (round == 1 ? unit.n_selected : unit.n_more);
-        EXPECT(unit.n_device + unit.n_host + unit.n_disk == unit.n_selected + unit.n_more,
-               "%s: unit %u: %u + %u + %u of %u + %u", what, u, unit.n_device, unit.n_host,
-               unit.n_disk, unit.n_selected, unit.n_more);
-        for (uint32_t i = first; i < end; i++) {
+        EXPECT(unit.n_device + unit.n_host + unit.n_disk == unit.n_selected,
+               "%s: unit %u: %u + %u + %u of %u", what, u, unit.n_device, unit.n_host, unit.n_disk,
+               unit.n_selected);
+        for (uint32_t i = 0; i < unit.n_selected; i++) {
             winnow_gpu_listed listed = d.listed[unit.block_first + i];
             uint32_t id, home = batch_home(*b, u, listed.block, &id);
             uint8_t selected = d.selected[unit.block_first + listed.block];
             bool is_disk = listed.place == WINNOW_GPU_ON_DISK;
-            EXPECT(selected == (is_disk ? 0 : round), "%s: unit %u: selected %u", what, u,
-                   selected);
+            EXPECT(selected == !is_disk, "%s: unit %u: selected %u", what, u, selected);
             if (is_disk)
                 EXPECT(home == WINNOW_GPU_ON_DISK, "%s: unit %u: not on disk", what, u);
             else if (listed.place & WINNOW_GPU_FROM_HOST)
@@ -253,7 +248,7 @@ static downloaded batch_select(batch *b, uint32_t stamp, uint32_t n_multiprocess
     ok(winnow_gpu_stage_scan(v, &b->s.grid, 0), "scan");
     ok(winnow_gpu_stage_select(v, &grid, 0), "select");
     ok(cudaDeviceSynchronize(), "select");
-    return download(*b, 1);
+    return download(*b);
 }
 
 /* Resident mass: from none to more than all blocks together. */
@@ -291,8 +286,8 @@ static void check_select(batch *b, random_source &random, const char *what)
         downloaded d = batch_select(b, ++stamp);
         for (uint32_t u = 0; u < d.unit.size(); u++)
             check_unit_select(*b, d, u, what);
-        check_work(d, 1, what);
-        check_places(b, d, 1, what);
+        check_work(d, what);
+        check_places(b, d, what);
         scene_fetched(b->s, 0);
     }
 }
@@ -311,75 +306,4 @@ static bool same_selection(const downloaded &a, const downloaded &b, uint32_t u)
     for (uint32_t i = x.block_first; is_same && i < x.block_first + x.n_selected; i++)
         is_same = a.listed[i].block == b.listed[i].block;
     return is_same;
-}
-
-/* The second round adds what it is asked for, by bins, from where the first ended. */
-static void check_more(batch *b, random_source &random, const char *what)
-{
-    const winnow_gpu_view *v = &b->s.view;
-    uint32_t G = v->n_group;
-    winnow_gpu_queue queue = {};
-
-    for (uint32_t i = 0; i < b->n_items; i++) {
-        b->s.launch->item[i].mass = 0.8f;
-        b->s.launch->item[i].n_blocks_max = i % 2 ? 0 : 30;
-    }
-    downloaded first = batch_select(b, 1000);
-    for (winnow_gpu_unit &unit : first.unit) {
-        unit.is_short = 1;
-        for (uint32_t g = 0; g < G; g++) {
-            double rest = 0;
-            for (uint32_t i = 0; i < unit.n_blocks; i++)
-                if (!(first.key[unit.block_first + i] >= unit.key_threshold))
-                    rest += mass_of(first.ln_e[(size_t)(unit.block_first + i) * G + g],
-                                    unit.largest[g]);
-            unit.need[g] = (float)(rest * (int)(random() % 4 - 1) / 3);
-        }
-    }
-    queue.n_short = (uint32_t)first.unit.size();
-    device_write(v->unit, first.unit.data(), first.unit.size());
-    scene_fetched(b->s, 0);
-    device_write(v->queue, &queue, 1);
-    ok(winnow_gpu_list_more_put(v, &b->s.grid, 0), "more");
-    ok(cudaDeviceSynchronize(), "more");
-    downloaded d = download(*b, 2);
-    check_work(d, 2, what);
-    check_places(b, d, 2, what);
-    for (uint32_t u = 0; u < d.unit.size(); u++) {
-        const winnow_gpu_unit &unit = d.unit[u], &was = first.unit[u];
-        uint32_t n = unit.n_blocks, n_max = b->s.launch->item[unit.item].n_blocks_max;
-        float smallest = INFINITY, largest_out = -INFINITY;
-        std::vector<bool> is_new(n);
-        n_max = n_max ? std::min(n_max, n) : n;
-        for (uint32_t i = 0; i < unit.n_more; i++)
-            is_new[d.listed[unit.block_first + unit.n_selected + i].block] = true;
-        for (uint32_t i = 0; i < n; i++) {
-            float key = d.key[unit.block_first + i];
-            bool was_out = was.n_selected ? key < was.key_threshold : true;
-            EXPECT(!is_new[i] || was_out, "%s: unit %u: block %u again", what, u, i);
-            if (is_new[i])
-                smallest = fminf(smallest, key);
-            else if (was_out)
-                largest_out = fmaxf(largest_out, key);
-        }
-        bool is_capped = unit.n_selected + unit.n_more == n_max && n_max < n;
-        EXPECT(unit.n_selected + unit.n_more <= n_max, "%s: unit %u: budget", what, u);
-        EXPECT(is_capped || largest_out <= smallest, "%s: unit %u: no prefix", what, u);
-        for (int is_less = 0; is_less < 2; is_less++) {
-            bool is_enough = true;
-            for (uint32_t g = 0; g < G; g++) {
-                double sum = 0;
-                for (uint32_t i = 0; i < n; i++)
-                    if (is_new[i] &&
-                        (!is_less || d.key[unit.block_first + i] > smallest + 1.01f / 64))
-                        sum += mass_of(d.ln_e[(size_t)(unit.block_first + i) * G + g],
-                                       unit.largest[g]);
-                double slack = 1e-5 * unit.need[g] + n * 0x1p-71 * (double)unit.total[g];
-                is_enough &= sum >= unit.need[g] + (is_less ? slack : -slack);
-            }
-            EXPECT(is_capped || is_enough == !is_less || (is_less && unit.n_more == 0),
-                   "%s: unit %u: %u more, less %d", what, u, unit.n_more, is_less);
-        }
-    }
-    scene_fetched(b->s, 0);
 }

@@ -61,7 +61,7 @@ inline void scene_init(scene *s, const scene_options &o)
     v->unit_tally = device_alloc<winnow_gpu_unit_tally>(n_units);
     ok(cudaMemset(v->tally, 0, sizeof(winnow_gpu_tally)), "clear");
     ok(cudaMemset(v->unit_tally, 0, sizeof(winnow_gpu_unit_tally) * n_units), "clear");
-    v->queue = device_alloc<winnow_gpu_queue>(2);
+    v->queue = device_alloc<winnow_gpu_queue>(1);
     v->ln_e = device_alloc<float>((size_t)o.n_blocks_max * o.n_group + 64);
     v->key = device_alloc<float>(o.n_blocks_max + 64);
     v->selected = device_alloc<uint8_t>(o.n_blocks_max + 64);
@@ -75,7 +75,6 @@ inline void scene_init(scene *s, const scene_options &o)
     s->grid = {(uint32_t)n_units, (uint32_t)prop.multiProcessorCount, o.n_blocks_max};
     ok(winnow_gpu_scan_prepare(v), "scan_prepare");
     ok(winnow_gpu_select_prepare(v), "select_prepare");
-    ok(winnow_gpu_list_more_prepare(v), "list_more_prepare");
 }
 
 inline void scene_finish(scene *s)
@@ -122,7 +121,6 @@ static __global__ void scene_begin_kernel(winnow_gpu_view view, const float *ln_
     if (u == 0 && threadIdx.x == 0) {
         launch->stamp += stamp_step;
         view.queue[0] = winnow_gpu_queue();
-        view.queue[1] = winnow_gpu_queue();
     }
     if (u >= launch->n_units)
         return;
@@ -133,8 +131,8 @@ static __global__ void scene_begin_kernel(winnow_gpu_view view, const float *ln_
     __syncthreads();
     if (threadIdx.x < view.n_group) {
         float *partial = view.partial + (size_t)u * winnow_gpu_partial_floats(&view);
-        partial[2 * threadIdx.x] = ln_z[u * view.n_group + threadIdx.x];
-        partial[2 * threadIdx.x + 1] = 1;
+        partial[4 * threadIdx.x] = ln_z[u * view.n_group + threadIdx.x];
+        partial[4 * threadIdx.x + 1] = 1;
     }
     if (threadIdx.x > 0)
         return;

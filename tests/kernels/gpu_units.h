@@ -60,6 +60,7 @@ struct scene {
     uint64_t n_tokens[N_ITEMS];
     float mass;
     uint32_t n_blocks_max;
+    bool is_overrated; /* every tenth block by e^2 */
     struct unit unit[N_UNITS];
     struct winnow_gpu_view view;
     struct winnow_gpu_launch *launch; /* host's copy */
@@ -247,6 +248,9 @@ static void unit_init(struct unit *unit, uint32_t item, uint64_t seed)
     for (uint32_t s = 0; s < n_segments; s++)
         ref->score(&unit->segment[s].shape, WINNOW_POLICY_CODES, &unit->segment[s].view, unit->q,
                    unit->ln_e + s * SPAN * group(), unit->scratch);
+    for (uint64_t b = 0; scene.is_overrated && b < n; b += 10)
+        for (uint32_t g = 0; g < group(); g++)
+            unit->ln_e[b * group() + g] += 2;
     unit->sel =
         (struct winnow_selection){.n_q = group(),
                                   .n_blocks = n,

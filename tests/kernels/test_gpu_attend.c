@@ -96,6 +96,8 @@ static void unit_check(uint32_t u, const uint8_t *out_item, const float *lse_ite
     winnow_alloc_free(out);
 }
 
+static uint32_t n_units_more;
+
 /* rho of a unit that was selected and attended whole, as ref prices it. */
 static void rho_check(uint32_t u, const struct winnow_gpu_unit *of)
 {
@@ -112,6 +114,49 @@ static void rho_check(uint32_t u, const struct winnow_gpu_unit *of)
     for (uint32_t g = 0; g < group(); g++)
         CHECK_NEAR(of->rho[g], rho[g], 2e-3 * (double)rho[g]);
     winnow_alloc_free(selected);
+}
+
+/* Estimates of query head g that the second round added, from keys of `least` on. */
+static double more_sum(const struct unit *unit, const struct winnow_gpu_unit *of, uint32_t g,
+                       double least)
+{
+    double sum = 0;
+
+    for (uint32_t b = 0; b < unit->n_blocks; b++)
+        if (unit->selected[b] == 2 && (double)unit->ln_key[b] >= least)
+            sum += exp((double)unit->ln_e[b * group() + g] - (double)of->largest[g]);
+    return sum;
+}
+
+/* The second round read on in key order, by bins of 1/64 nat, until every query head had what it
+ * needed, or the budget was spent. */
+static void more_check(uint32_t u, const struct winnow_gpu_unit *of)
+{
+    const struct unit *unit = &scene.unit[u];
+    uint32_t n_max = scene.n_blocks_max ? scene.n_blocks_max : unit->n_blocks, n_new = 0;
+    bool is_capped = of->n_selected + of->n_more == n_max && n_max < unit->n_blocks;
+    bool is_enough = true, is_less_enough = true;
+    double smallest = INFINITY, largest_out = -INFINITY;
+
+    for (uint32_t b = 0; b < unit->n_blocks; b++) {
+        double key = (double)unit->ln_key[b];
+        if (unit->selected[b] == 2)
+            smallest = fmin(smallest, key), n_new++;
+        else if (!unit->selected[b])
+            largest_out = fmax(largest_out, key);
+    }
+    for (uint32_t g = 0; g < group(); g++) {
+        double need = (double)of->need[g];
+        double slack = 1e-5 * need + unit->n_blocks * 0x1p-71 * (double)of->total[g];
+        is_enough &= more_sum(unit, of, g, -INFINITY) >= need - slack;
+        is_less_enough &= more_sum(unit, of, g, smallest + 1.01 / 64) >= need + slack;
+    }
+    bool is_open = smallest < (double)of->more_threshold - 15.9; /* all below is one bin */
+    CHECK_EQ(n_new, of->n_more);
+    CHECK(of->n_selected + of->n_more <= n_max);
+    CHECK(largest_out <= smallest + (is_capped ? 1.01 / 64 : 0));
+    CHECK(is_capped || (is_enough && (is_open || !is_less_enough)));
+    n_units_more++;
 }
 
 static void certificate_check(uint32_t i, const struct winnow_gpu_unit *units)
@@ -158,6 +203,8 @@ static void scene_check(bool is_rho_known)
             CHECK(out[at] == 0xa5 && out[GUARD + out_bytes() + at] == 0xa5);
         for (uint32_t h = 0; h < N_HEADS; h++) {
             unit_check(i * N_HEADS + h, out + GUARD, lse, &units[i * N_HEADS + h]);
+            if (units[i * N_HEADS + h].n_more)
+                more_check(i * N_HEADS + h, &units[i * N_HEADS + h]);
             if (is_rho_known)
                 rho_check(i * N_HEADS + h, &units[i * N_HEADS + h]);
         }
@@ -265,6 +312,39 @@ static void test_attend__bits_do_not_depend_on_places(void)
     winnow_alloc_free(again);
 }
 
+/* Where estimates promise too much, short units read on as far as they need or the budget goes: results
+ * as ref's over what was read, and the same bits whatever the first round's places. */
+static void test_attend__overrated_blocks(void)
+{
+    static const struct places places[] = {{0, 0, 0}, {40, 10, 0}, {100, 0, 0}};
+    static const struct {
+        uint32_t of, n_blocks_max;
+        float mass;
+    } tries[] = {{0, 0, 0.9f}, {1, 0, 0.6f}, {5, 0, 0.8f}, {6, 0, 0.95f}, {0, 120, 0.9f}};
+
+    scene.is_overrated = true;
+    for (size_t i = 0; i < sizeof tries / sizeof *tries; i++) {
+        lengths(14, 16 + 301, 13, 16 + 48);
+        scene.n_blocks_max = tries[i].n_blocks_max;
+        scene_init(&cases[tries[i].of], INPUT_RANDOM, WINNOW_FP32, tries[i].mass, test_seed() + i);
+        size_t n_bytes = out_bytes();
+        uint8_t *first = case_alloc(n_bytes), *again = case_alloc(n_bytes);
+        for (uint32_t run = 0; run < 6; run++) {
+            launch(&places[run % 3], 1 + 7 * run, test_seed() + run);
+            if (run == 0)
+                scene_check(true);
+            from_device(run == 0 ? first : again, scene.out[0] + GUARD, n_bytes);
+            CHECK(run == 0 || !memcmp(first, again, n_bytes));
+        }
+        winnow_alloc_free(first);
+        winnow_alloc_free(again);
+        scene_finish();
+    }
+    scene.n_blocks_max = 0;
+    scene.is_overrated = false;
+    printf("%u units read more\n", n_units_more);
+}
+
 /* A block on disk is compensated and counted; all that no slot holds are named. */
 static void test_attend__compensates_what_is_on_disk(void)
 {
@@ -358,6 +438,7 @@ int main(int argc, char **argv)
     TEST_RUN(test_attend__is_as_ref);
     TEST_RUN(test_attend__ends_of_ranges);
     TEST_RUN(test_attend__bits_do_not_depend_on_places);
+    TEST_RUN(test_attend__overrated_blocks);
     TEST_RUN(test_attend__compensates_what_is_on_disk);
     TEST_RUN(test_attend__not_finite_fails_its_item);
     return TEST_END();

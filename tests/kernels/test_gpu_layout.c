@@ -14,6 +14,8 @@ static const struct winnow_gpu_options llama = {
     .n_slots = 32 * 6400,
     .n_items_max = 8,
     .n_launch_blocks_max = 128 * 64,
+    .n_window_positions = 2048,
+    .n_window_blocks = 128,
 };
 
 /* Sizes are the design's: 1,336 bytes of index a block, 128 KiB of tail a token, slots of 8 KiB. */

@@ -1,5 +1,5 @@
 /*
- * Scan, select and the second round's list as single stages, held against kernels/ref: estimates
+ * Scan and select as single stages, held against kernels/ref: estimates
  * within 1e-4 + 1e-6 |x| and what fp32 sums may differ by, the same bits for any grid and batch;
  * selections by their definition (gpu_selection.cuh).
  */
@@ -86,8 +86,8 @@ static void check_scan(batch *b, const char *what)
     memcpy(b->s.launch->item, items, sizeof items);
 }
 
-/* Estimates as ref's, for any grid and batch with the same bits; selections by their definition, both
- * rounds. Every width and ratio of the list, hostile input too. */
+/* Estimates as ref's, for any grid and batch with the same bits; selections by their definition. Every
+ * width and ratio of the list, hostile input too. */
 static void test_gpu_scan__as_ref(void)
 {
     static const uint32_t shapes[][3] = {
@@ -118,7 +118,6 @@ static void test_gpu_scan__as_ref(void)
             queries_fill(&b, random, (check_input)input, centre);
             check_scan(&b, what);
             check_select(&b, random, what);
-            check_more(&b, random, what);
             batch_finish(&b);
         }
 }
@@ -149,11 +148,10 @@ static void test_gpu_scan__long_units_by_any_team(void)
             for (uint32_t u = 0; u < d.unit.size(); u++)
                 EXPECT(same_selection(one, d, u), "unit %u: %u thread blocks select other blocks",
                        u, ranks);
-            check_work(d, 1, "long");
-            check_places(&b, d, 1, "long");
+            check_work(d, "long");
+            check_places(&b, d, "long");
         }
     }
-    check_more(&b, random, "long");
     batch_finish(&b);
 }
 
@@ -175,11 +173,10 @@ static void test_gpu_scan__few_slots_many_launches(void)
             for (uint32_t i = 0; i < b.n_items; i++)
                 b.s.launch->item[i].mass = stamp % 8 ? 0.5f : 0.95f;
             downloaded d = batch_select(&b, stamp);
-            check_work(d, 1, "cache");
-            check_places(&b, d, 1, "cache");
+            check_work(d, "cache");
+            check_places(&b, d, "cache");
             for (const winnow_gpu_unit &unit : d.unit)
                 n_listed += unit.n_selected;
-            ok(cudaMemset(b.s.view.queue + 1, 0, sizeof(winnow_gpu_queue)), "clear");
             scene_fetched(b.s, 0);
         }
         winnow_gpu_counters c = device_read(b.s.view.counters, 2)[1];

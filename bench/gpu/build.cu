@@ -11,8 +11,8 @@
  * the products lose is a build's price. Shares are of a prefill at 400 TFLOP/s:
  *   2 x 8.0e9 weights x 128K + 4 x (128K)^2 / 2 x 4,096 x 32 layers (attention, causal)
  */
-#include <algorithm>
-#include <chrono>
+#include "card.cuh"
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -39,34 +39,10 @@ uint8_t *arena;
 uint64_t arena_bytes;
 std::vector<uint32_t> home; /* [span][head][block] */
 
-[[noreturn]] void fail(const char *what, const char *text)
-{
-    fprintf(stderr, "%s: %s\n", what, text);
-    exit(1);
-}
-
-void ok(cudaError_t rc, const char *what)
-{
-    if (rc != cudaSuccess)
-        fail(what, cudaGetErrorString(rc));
-}
-
 void expect(bool is_true, const char *what)
 {
     if (!is_true)
         fail(what, "not as expected");
-}
-
-double now_us()
-{
-    using namespace std::chrono;
-    return (double)duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count() / 1e3;
-}
-
-double median(std::vector<double> x)
-{
-    std::sort(x.begin(), x.end());
-    return x[x.size() / 2];
 }
 
 uint16_t bf16(float x)

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <chrono>
 #include <cuda_runtime_api.h>
 #include <math.h>
 #include <stdint.h>
@@ -13,12 +14,29 @@
 #include <string.h>
 #include <vector>
 
+[[noreturn]] inline void fail(const char *what, const char *text)
+{
+    fprintf(stderr, "%s: %s\n", what, text);
+    exit(1);
+}
+
 inline void ok(cudaError_t rc, const char *what)
 {
-    if (rc == cudaSuccess)
-        return;
-    fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(rc));
-    exit(1);
+    if (rc != cudaSuccess)
+        fail(what, cudaGetErrorString(rc));
+}
+
+/* By the host's clock. */
+inline double now_us()
+{
+    using namespace std::chrono;
+    return (double)duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count() / 1e3;
+}
+
+inline double median(std::vector<double> x)
+{
+    std::sort(x.begin(), x.end());
+    return x[x.size() / 2];
 }
 
 template <class T> T *device_alloc(size_t n)

@@ -8,8 +8,8 @@
  * Without arguments the cells of bench/gpu/run. Prints the median, the rate of its arithmetic, the
  * time of the attention alone (its blocks on the device) and that of the link alone.
  */
-#include <algorithm>
-#include <chrono>
+#include "card.cuh"
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -30,24 +30,6 @@ const winnow_gpu_api *api;
 winnow_gpu *gpu;
 uint8_t *arena;
 
-[[noreturn]] void fail(const char *what, const char *text)
-{
-    fprintf(stderr, "%s: %s\n", what, text);
-    exit(1);
-}
-
-void ok(cudaError_t rc, const char *what)
-{
-    if (rc != cudaSuccess)
-        fail(what, cudaGetErrorString(rc));
-}
-
-double now_us()
-{
-    using namespace std::chrono;
-    return (double)duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count() / 1e3;
-}
-
 template <class DO> double median_us(DO once)
 {
     std::vector<double> us;
@@ -58,8 +40,7 @@ template <class DO> double median_us(DO once)
         once();
         us.push_back(now_us() - from);
     }
-    std::sort(us.begin(), us.end());
-    return us[us.size() / 2];
+    return median(us);
 }
 
 struct cell {

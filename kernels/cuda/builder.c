@@ -181,14 +181,8 @@ int winnow_gpu_build_poll(struct winnow_gpu *gpu, int64_t ticket, bool wait, uin
     for (uint32_t h = 0; h < gpu->layout.view.n_kv_heads; h++)
         if (views[h].n_blocks != gpu->layout.view.span_blocks || views[h].var)
             return -EINVAL;
-    cudaError_t error =
-        wait ? cudaEventSynchronize(builder->event) : cudaEventQuery(builder->event);
-    if (error == cudaErrorNotReady) {
-        cudaGetLastError(); /* or the next launch would find it */
-        return 0;
-    }
-    rc = winnow_gpu_device_check(gpu->device, error);
-    if (rc < 0)
+    rc = winnow_gpu_device_reached(gpu->device, builder->event, wait);
+    if (rc <= 0)
         return rc;
     result_take(gpu, builder, order, views);
     builder->ticket = 0;

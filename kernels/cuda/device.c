@@ -52,6 +52,17 @@ int winnow_gpu_device_check(struct winnow_gpu_device *device, cudaError_t error)
     return -EIO;
 }
 
+int winnow_gpu_device_reached(struct winnow_gpu_device *device, cudaEvent_t event, bool wait)
+{
+    cudaError_t error = wait ? cudaEventSynchronize(event) : cudaEventQuery(event);
+
+    if (error == cudaErrorNotReady) {
+        cudaGetLastError(); /* or the next launch would find it */
+        return 0;
+    }
+    return error == cudaSuccess ? 1 : winnow_gpu_device_check(device, error);
+}
+
 int winnow_gpu_device_enter(struct winnow_gpu_device *device)
 {
     if (device->is_lost)

@@ -33,6 +33,8 @@ void winnow_gpu_device_close(struct winnow_gpu_device *device);
 int winnow_gpu_device_enter(struct winnow_gpu_device *device);
 /* 0; -ENOMEM: no memory, nothing else happened; -EIO: the device is lost from here on. */
 int winnow_gpu_device_check(struct winnow_gpu_device *device, cudaError_t error);
+/* 1: the event has happened; 0: not yet, never if told to wait; -EIO. After enter. */
+int winnow_gpu_device_reached(struct winnow_gpu_device *device, cudaEvent_t event, bool wait);
 
 /* n_bytes of its memory, at a multiple of 256; NULL: no such piece is left. */
 uint8_t *winnow_gpu_device_take(struct winnow_gpu_device *device, uint64_t n_bytes);

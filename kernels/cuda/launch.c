@@ -199,12 +199,7 @@ static int launch_is_complete(struct winnow_gpu *gpu, int64_t ticket, bool wait)
     int rc = winnow_gpu_device_enter(gpu->device);
     if (rc < 0)
         return rc;
-    cudaError_t error = wait ? cudaEventSynchronize(flight->event) : cudaEventQuery(flight->event);
-    if (error == cudaErrorNotReady) {
-        cudaGetLastError(); /* or the next launch would find it */
-        return 0;
-    }
-    return error == cudaSuccess ? 1 : winnow_gpu_device_check(gpu->device, error);
+    return winnow_gpu_device_reached(gpu->device, flight->event, wait);
 }
 
 int winnow_gpu_poll(struct winnow_gpu *gpu, int64_t ticket, bool wait)

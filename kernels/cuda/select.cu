@@ -52,28 +52,34 @@ struct part {
     uint32_t goal;     /* P as a share */
 };
 
-/* ln_e of a block; heads that are not there are -inf. */
+/* A block's row of numbers, one a head; of heads that are not there `absent`. */
 template <int G>
-__device__ void estimates_load(const winnow_gpu_view &view, const part &part, uint32_t b,
-                               float (&ln_e)[G])
+__device__ void row_load(const float *at, uint32_t n_group, float absent, float (&to)[G])
 {
-    const float *at = view.ln_e + (size_t)(part.block_first + b) * part.n_group;
-
     if constexpr (G % 4 == 0)
-        if (part.n_group == G) {
+        if (n_group == G) {
 #pragma unroll
             for (int k = 0; k < G / 4; k++) {
                 float4 x = ((const float4 *)at)[k];
-                ln_e[4 * k] = x.x;
-                ln_e[4 * k + 1] = x.y;
-                ln_e[4 * k + 2] = x.z;
-                ln_e[4 * k + 3] = x.w;
+                to[4 * k] = x.x;
+                to[4 * k + 1] = x.y;
+                to[4 * k + 2] = x.z;
+                to[4 * k + 3] = x.w;
             }
             return;
         }
 #pragma unroll
     for (int g = 0; g < G; g++)
-        ln_e[g] = g < (int)part.n_group ? at[g] : -INFINITY;
+        to[g] = g < (int)n_group ? at[g] : absent;
+}
+
+/* ln_e of a block. */
+template <int G>
+__device__ void estimates_load(const winnow_gpu_view &view, const part &part, uint32_t b,
+                               float (&ln_e)[G])
+{
+    row_load<G>(view.ln_e + (size_t)(part.block_first + b) * part.n_group, part.n_group, -INFINITY,
+                ln_e);
 }
 
 /* exp(ln_e - m); an unknown block has NaN in the first. */
@@ -112,23 +118,7 @@ __device__ void shares_keep(const part &part, memory *memory, uint32_t i, const 
 template <int G>
 __device__ void shares_take(const part &part, memory *memory, uint32_t i, float (&e)[G])
 {
-    const float *at = shares_of(memory, part.n_group) + i * part.n_group;
-
-    if constexpr (G % 4 == 0)
-        if (part.n_group == G) {
-#pragma unroll
-            for (int k = 0; k < G / 4; k++) {
-                float4 x = ((const float4 *)at)[k];
-                e[4 * k] = x.x;
-                e[4 * k + 1] = x.y;
-                e[4 * k + 2] = x.z;
-                e[4 * k + 3] = x.w;
-            }
-            return;
-        }
-#pragma unroll
-    for (int g = 0; g < G; g++)
-        e[g] = g < (int)part.n_group ? at[g] : 0;
+    row_load<G>(shares_of(memory, part.n_group) + i * part.n_group, part.n_group, 0, e);
 }
 
 /* What follows from the totals: one lane a head, by warp 0. */

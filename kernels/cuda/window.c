@@ -235,13 +235,8 @@ int winnow_gpu_window_poll(struct winnow_gpu *gpu, int64_t ticket, bool wait)
     while (windower->n_taken < ticket) {
         uint32_t idx = (uint32_t)(windower->n_taken % WINNOW_GPU_WINDOW_STAGES);
         cudaEvent_t event = windower->is_last[idx] ? windower->finished : windower->gathered[idx];
-        cudaError_t error = wait ? cudaEventSynchronize(event) : cudaEventQuery(event);
-        if (error == cudaErrorNotReady) {
-            cudaGetLastError(); /* or the next launch would find it */
-            return 0;
-        }
-        rc = winnow_gpu_device_check(gpu->device, error);
-        if (rc < 0)
+        rc = winnow_gpu_device_reached(gpu->device, event, wait);
+        if (rc <= 0)
             return rc;
         windower->n_taken++;
     }
